@@ -1,0 +1,289 @@
+"""Stage 1 of SSU: which weight columns does the source language need? (paper, Section 3.1; S_j of Section 3.2)
+
+A frozen instruct model reads source-language (English) calibration text once. Every weight gets Wanda's importance
+    s_ij = |theta_ij| * ||X_j||_2,        X_j: the j-th input feature over all calibration tokens,
+and every column, i.e. input feature, the sum of its weights' importances
+    S_j = sum_i s_ij = ||X_j||_2 * sum_i |theta_ij|.
+In a 1-D parameter each element is a column of its own. What X is for each kind of parameter:
+    matrix of nn.Linear [d_out, d_in]   the layer's input
+    norm weight [d]                     the normalised input, before the weight: that is what the weight multiplies
+    bias [d]                            the constant 1, so ||X_j||_2 = sqrt(tokens) and the ranking is that of |b_j|
+Embeddings and the LM head are always trained (Section 3.1), so they are not scored.
+
+The text is packed: chats in the model's own template, shuffled by --seed, concatenated and cut into --num-samples
+sequences of --seq-len tokens without padding. One forward pass of the decoder, without its head, is all it takes.
+
+Tiny, on a CPU:
+    python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl --out runs/ne/scores-wanda.safetensors \
+        --num-samples 48 --seq-len 512
+The paper's setting, on one GPU:
+    python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu.jsonl --out runs/ne/scores-wanda.safetensors
+"""
+import argparse
+import copy
+import gzip
+import hashlib
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import load_dataset
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+
+def fail(message):
+    """One line on stderr and exit code 2: something the user can mend."""
+    print(f"score.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the source model")
+    parser.add_argument("--data", help="calibration text: .jsonl, .jsonl.gz or .parquet with messages, instruction/output "
+                        "or text; or .txt, a document per line (wanda only)")
+    parser.add_argument("--out", required=True, type=Path, help="scores-<method>.safetensors to write")
+    parser.add_argument("--method", choices=["wanda", "magnitude", "random"], default="wanda")
+    parser.add_argument("--num-samples", type=int, default=500, help="calibration sequences (paper: 500)")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a calibration sequence (paper: 2,048)")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a forward pass")
+    parser.add_argument("--seed", type=int, default=42, help="order of the calibration rows; the random scores")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU (sums are float32 always)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.method == "wanda" and not args.data:
+        parser.error("--method wanda reads calibration text: add --data FILE")
+    if min(args.num_samples, args.seq_len, args.batch_size) < 1:
+        parser.error("--num-samples, --seq-len and --batch-size must be at least 1")
+    return args
+
+
+def load_config(model):
+    """Config of a local folder or hub model; refuses what is missing or quantised before any weight is read."""
+    if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
+        fail(f"--model {model}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {model}: {' '.join(str(error).split())[:300]}")
+    if getattr(config, "quantization_config", None):
+        fail(f"--model {model}: quantised weights cannot be scored; give the unquantised model")
+    return config
+
+
+def read_rows(path):
+    """Yields the rows of a data file as dicts; a .txt file gives {"text": line}. Raises SystemExit(2), naming the line."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"--data {path}: no such file")
+    if path.suffix == ".parquet":
+        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield {"text": line.strip()} if path.suffix == ".txt" else json.loads(line)
+            except ValueError as error:
+                fail(f"--data {path}: line {number} is not JSON ({error})")
+
+
+def row_ids(row, tokenizer):
+    """Token ids of one row: chats go through the model's own chat template, plain text ends with end-of-text."""
+    if not row.get("messages") and row.get("instruction") and "output" in row:
+        prompt = row["instruction"] + (f"\n\nInput: {row['input']}" if row.get("input") else "")
+        row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]}
+    if row.get("messages"):
+        if not tokenizer.chat_template:
+            fail("the calibration rows are chats, but the tokenizer has no chat template: use an instruct model or raw text")
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
+    return tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
+
+
+def calibration_tokens(path, tokenizer, num_samples, seq_len, seed):
+    """Packs calibration rows, in an order drawn by seed, into int64 tokens [samples, seq_len], samples <= num_samples.
+
+    Raises SystemExit(2) when a row has no text or when the file does not fill one sequence."""
+    rows = list(read_rows(path))
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and (row.get("messages") or row.get("instruction") or row.get("text"))):
+            fail(f"--data {path}: row {number} has neither `messages`, `instruction` nor `text`")
+    random.Random(seed).shuffle(rows)
+    ids = []
+    for row in tqdm(rows, desc="tokenise calibration", unit="row"):
+        ids += row_ids(row, tokenizer)
+        if len(ids) >= num_samples * seq_len:
+            break
+    samples = min(num_samples, len(ids) // seq_len)
+    if samples == 0:
+        fail(f"--data {path}: {len(ids)} tokens do not fill one sequence of {seq_len}: give more text or a smaller --seq-len")
+    return torch.tensor(ids[: samples * seq_len]).view(samples, seq_len)
+
+
+def fingerprint(model):
+    """Identity of an architecture: sha256 over its sorted "name shape" lines, e.g. "model.norm.weight 576"."""
+    lines = sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in model.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def scored_parameters(model):
+    """{parameter name: its module} for all parameters but the embeddings and the LM head (Section 3.1).
+
+    Raises SystemExit(2) for a layout whose columns would be scored wrongly, naming the parameter."""
+    head = model.get_output_embeddings()
+    always_trained = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
+                      for p in module.parameters(recurse=False)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    owners = {names[id(p)]: module for module in model.modules() for p in module.parameters(recurse=False)
+              if id(p) not in always_trained}
+    for name, module in owners.items():
+        p, kind = model.get_parameter(name), type(module).__name__
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            fail(f"{name} is {p.dtype}: quantised weights cannot be scored; give the unquantised model")
+        if p.dim() > 1 and not isinstance(module, nn.Linear):
+            fail(f"{name} {list(p.shape)} in {kind}: only nn.Linear matrices can be scored; Conv1D stores them transposed, "
+                 "fused experts (3-D) and routers would be scored wrongly")
+    return owners
+
+
+def norm_probe(name, norm):
+    """Returns f: input x [..., d] of a norm -> what its weight multiplies [..., d], the normalised x.
+
+    A norm is affine in its weight: norm(x) = weight * x_hat + rest, so x_hat is its output at weight 1 less that at
+    weight 0. This holds for RMSNorm and LayerNorm, with (1 + weight) too. Anything else is refused by name."""
+    at_one, at_zero, check = (copy.deepcopy(norm) for _ in range(3))
+    nn.init.ones_(at_one.weight)
+    nn.init.zeros_(at_zero.weight)
+
+    def normalised(x):
+        return at_one(x) - at_zero(x)
+
+    x = torch.randn(2, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
+    nn.init.constant_(check.weight, 3.0)
+    if not torch.allclose(check(x), 3.0 * normalised(x) + at_zero(x), rtol=2e-2, atol=2e-2):
+        fail(f"{name} in {type(norm).__name__}: not a norm whose output is weight * normalised input; cannot be scored")
+    return normalised
+
+
+@torch.inference_mode()
+def input_norms(model, owners, tokens, batch_size):
+    """||X_j||_2 over all calibration tokens, for every scored parameter: {name: float32 [d_in] or [d]} (Section 3.1).
+
+    model: the whole causal LM; only its decoder runs. tokens: int64 [samples, seq_len]. The squares are summed in
+    float32 on the device. Raises SystemExit(2) when a parameter's module never ran."""
+    squares = {}  # module -> float32 sum over tokens of x_j^2
+    counts = {}  # module -> tokens it saw
+    last = [None, None]  # q, k, v (and gate, up) read the very same tensor: square it once
+
+    def add(module, x):
+        if x is not last[0]:
+            last[:] = x, x.flatten(0, -2).float().square_().sum(0) if x.dtype != torch.float32 else x.flatten(0, -2).square().sum(0)
+        squares[module] = squares.get(module, 0) + last[1]
+        counts[module] = counts.get(module, 0) + x.numel() // x.shape[-1]
+
+    hooks = []
+    for module in set(owners.values()):
+        name = next(n for n, m in owners.items() if m is module)
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(lambda m, args: add(m, args[0])))
+        else:
+            probe = norm_probe(name, module)
+            hooks.append(module.register_forward_pre_hook(lambda m, args, probe=probe: add(m, probe(args[0]))))
+    device = next(model.parameters()).device
+    for batch in tqdm(tokens.split(batch_size), desc="calibrate", unit="batch"):
+        model.base_model(input_ids=batch.to(device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    norms = {}
+    for name, module in owners.items():
+        if module not in squares:
+            fail(f"{name} saw no calibration token (an expert never chosen?): give more text or a higher --num-samples")
+        is_bias = name.endswith("bias")
+        norms[name] = torch.full_like(squares[module][:1], counts[module] ** 0.5) if is_bias else squares[module].sqrt()
+    return norms
+
+
+def column_scores(weight, x_norm):
+    """S_j = sum_i |theta_ij| * ||X_j||_2, float32 (Section 3.2). weight [d_out, d_in] with x_norm [d_in] -> [d_in];
+    a 1-D weight [d] -> [d]. x_norm = 1 gives SSU-Mag (Section 4.4)."""
+    magnitude = weight.detach().float().abs()
+    return (magnitude.sum(0) if weight.dim() == 2 else magnitude) * x_norm
+
+
+def random_scores(name, weight, seed):
+    """SSU-Rand (Section 4.4): a random ranking of the columns [d_in], drawn from seed and the parameter's name alone."""
+    seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    return torch.rand(weight.shape[-1], generator=torch.Generator().manual_seed(seed))
+
+
+def save_atomically(tensors, path, metadata):
+    """Writes a safetensors file so that `path` is always absent, the old one, or complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        fail(f"--out {path}: cannot be written ({error})")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    config = load_config(args.model)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    owners = scored_parameters(skeleton)
+    matrices = sum(skeleton.get_parameter(name).dim() == 2 for name in owners)
+    print(f"{args.method} scores of {args.model}: {matrices} matrices, {len(owners) - matrices} norm weights and biases; "
+          "embeddings and LM head are not scored")
+
+    tokens = torch.empty(0, 0)
+    if args.method == "wanda":
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
+        short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the file holds no more)"
+        print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short} of {args.data}")
+        print(f"first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
+
+    auto = "bfloat16" if args.device.startswith("cuda") else "float32"
+    dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    owners = scored_parameters(model)
+    if args.method == "random":
+        scores = {name: random_scores(name, model.get_parameter(name), args.seed) for name in owners}
+    else:
+        norms = input_norms(model, owners, tokens, args.batch_size) if args.method == "wanda" else dict.fromkeys(owners, 1.0)
+        scores = {name: column_scores(model.get_parameter(name), norms[name]).cpu() for name in owners}
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            fail(f"the scores of {name} are not finite: the model overflows in {dtype}; try --dtype float32")
+
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    save_atomically(scores, args.out, {
+        "format": "ssu-scores", "version": "1", "method": args.method, "axis": "column", "model": args.model,
+        "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.data), "num_samples": str(len(tokens)),
+        "seq_len": str(args.seq_len), "num_tokens": str(tokens.numel()), "shapes": json.dumps(shapes),
+        "torch": torch.__version__, "transformers": transformers.__version__})
+    print(f"scores of {len(scores)} parameters: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
+    print(f"next: python make_mask.py --scores {args.out} --out {args.out.parent}/ssu-{args.method}/mask.safetensors")
+
+
+if __name__ == "__main__":
+    main()

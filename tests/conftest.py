@@ -1,0 +1,100 @@
+"""Tiny random models with a real tokenizer and chat template, and a little text: all that the fast tests run on."""
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TEXT = ["The old mill stands by the river, and its wheel has not turned for years.",
+        "She asked what the capital of France is, and he answered that it is Paris.",
+        "नेपाल दक्षिण एसियामा अवस्थित एक देश हो। यसको राजधानी काठमाडौँ हो।",
+        "आज मौसम राम्रो छ र हामी बजार जाँदैछौं।", "Rain fell on the hills; the children ran home laughing."]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+             bos_token_id=None, eos_token_id=2, pad_token_id=0)
+MODELS = {"olmo2": (Olmo2Config, Olmo2ForCausalLM, dict(num_key_value_heads=4, tie_word_embeddings=False)),
+          "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=True)),
+          "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=False))}
+
+
+def tiny_tokenizer():
+    """Byte-level BPE of about 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in chat models)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tiny_model(folder, kind="llama", seed=0):
+    """Saves a random model of a kind of MODELS, its norm weights and biases random too, and its tokenizer to `folder`."""
+    tokenizer = tiny_tokenizer()
+    config, architecture, extra = MODELS[kind]
+    torch.manual_seed(seed)
+    model = architecture(config(vocab_size=len(tokenizer), **SIZES, **extra))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.copy_(1 + 0.3 * torch.randn_like(p))
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def olmo2(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("olmo2"), "olmo2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("qwen2"), "qwen2")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Target training text, `text` rows."""
+    rows = [{"text": f"{TEXT[i % 5]} {i} {TEXT[(i * 7 + 2) % 5]}"} for i in range(60)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Calibration chats, `messages` rows."""
+    rows = [{"messages": [{"role": "user", "content": f"{TEXT[i % 5]} {i}?"}, {"role": "assistant", "content": TEXT[(i + 1) % 5]}]}
+            for i in range(40)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)

@@ -1,0 +1,152 @@
+"""score.py against an independent float64 reference, and what it refuses."""
+import json
+
+import pytest
+import score
+import torch
+from conftest import MODELS, SIZES, tiny_model, tiny_tokenizer, write_jsonl
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+
+def run(model, data, out, *extra):
+    score.main(["--model", str(model), "--data", str(data), "--out", str(out), "--num-samples", "6", "--seq-len", "64",
+                "--batch-size", "4", *extra])
+    return load_file(out)
+
+
+def reference_rmsnorm(x, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def reference(folder, tokens):
+    """Wanda column scores in float64, from the equation, with the inputs of every module captured by forward hooks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].detach()) if args else None)
+    with torch.no_grad():
+        for row in tokens:
+            model(input_ids=row[None], use_cache=False)
+    scores = {}
+    for name, p in model.named_parameters():
+        module_name = name.rsplit(".", 1)[0]
+        if "embed_tokens" in name or "lm_head" in name:
+            continue
+        x = torch.cat([x.flatten(0, -2) for x in seen[module_name]])
+        if name.endswith("bias"):
+            x = torch.ones(len(x), len(p), dtype=torch.float64)
+        elif p.dim() == 1:
+            x = reference_rmsnorm(x, model.config.rms_norm_eps)
+        s = p.detach().abs() * x.pow(2).sum(0).sqrt()  # [d_out, d_in] or [d]
+        scores[name] = s.sum(0) if p.dim() == 2 else s
+    return scores
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_wanda_equals_float64_reference(kind, chats, tmp_path):
+    folder = tiny_model(tmp_path / kind, kind)
+    scores = run(folder, chats, tmp_path / "scores.safetensors")
+    tokens = score.calibration_tokens(chats, AutoTokenizer.from_pretrained(folder), 6, 64, 42)
+    expected = reference(folder, tokens)
+    assert set(scores) == set(expected)
+    for name, value in expected.items():
+        assert scores[name].dtype == torch.float32
+        assert ((scores[name] - value).abs() / value).max() < 1e-5, name
+
+
+def test_calibration_is_packed_shuffled_and_templated(olmo2, chats):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokens = score.calibration_tokens(chats, tokenizer, 5, 50, seed=1)
+    assert tokens.shape == (5, 50)
+    text = tokenizer.decode(tokens.flatten())
+    assert text.startswith("<|im_start|>user\n") and "<|im_end|>\n<|im_start|>assistant\n" in text
+    assert torch.equal(tokens, score.calibration_tokens(chats, tokenizer, 5, 50, seed=1))
+    assert not torch.equal(tokens, score.calibration_tokens(chats, tokenizer, 5, 50, seed=2))
+
+
+def test_instruction_rows_become_chats(olmo2):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    ids = score.row_ids({"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"}, tokenizer)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+
+
+def test_magnitude_and_random(olmo2, chats, tmp_path):
+    magnitude = run(olmo2, chats, tmp_path / "m.safetensors", "--method", "magnitude")
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(magnitude[name], model.get_parameter(name).abs().sum(0))
+    random = [run(olmo2, chats, tmp_path / f"{i}.safetensors", "--method", "random", "--seed", seed) for i, seed in enumerate("778")]
+    assert all(torch.equal(random[0][n], random[1][n]) and not torch.equal(random[0][n], random[2][n]) for n in random[0])
+    assert not torch.equal(random[0]["model.layers.0.mlp.down_proj.weight"], random[0][name])
+
+
+def test_metadata_and_batch_size_independence(olmo2, chats, tmp_path):
+    one = run(olmo2, chats, tmp_path / "a.safetensors", "--batch-size", "1")
+    six = run(olmo2, chats, tmp_path / "b.safetensors", "--batch-size", "6")
+    assert all(torch.allclose(one[n], six[n], rtol=1e-5) for n in one)
+    metadata = safe_open(tmp_path / "a.safetensors", "pt").metadata()
+    assert metadata["format"] == "ssu-scores" and metadata["version"] == "1" and metadata["axis"] == "column"
+    assert metadata["num_samples"] == "6" and metadata["num_tokens"] == "384" and len(metadata["fingerprint"]) == 64
+    assert json.loads(metadata["shapes"])["lm_head.weight"] == [400, 32]
+
+
+def refused(capsys, *argv):
+    """Runs score.py, which must exit with 2, and returns its one line of error."""
+    with pytest.raises(SystemExit) as error:
+        score.main([str(a) for a in argv])
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda f: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(f), "Conv1D"),
+    (lambda f: MixtralForCausalLM(MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)).save_pretrained(f), "MixtralTopKRouter"),
+])
+def test_layouts_that_cannot_be_scored_are_refused_by_name(make, message, chats, tmp_path, capsys):
+    make(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    out = tmp_path / "s.safetensors"
+    assert message in refused(capsys, "--model", tmp_path / "m", "--data", chats, "--out", out)
+    assert not out.exists()
+
+
+def test_quantised_model_is_refused(olmo2, chats, tmp_path, capsys):
+    config = json.loads((olmo2 / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "quantised" in refused(capsys, "--model", tmp_path, "--data", chats, "--out", tmp_path / "s")
+
+
+@pytest.mark.parametrize("content,message", [
+    ("", "do not fill one sequence"), ("{\"text\": \"a\"}\nnot json\n", "line 2 is not JSON"),
+    ("{\"body\": \"a\"}\n", "row 1 has neither"), ("{\"text\": \"short\"}\n", "do not fill one sequence")])
+def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    assert message in refused(capsys, "--model", olmo2, "--data", data, "--out", tmp_path / "o/s")
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_bad_input(olmo2, chats, tmp_path, capsys):
+    out = tmp_path / "s.safetensors"
+    assert "no such folder" in refused(capsys, "--model", "./nowhere", "--data", chats, "--out", out)
+    assert "no such file" in refused(capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out)
+    assert "invalid choice" in refused(capsys, "--model", olmo2, "--data", chats, "--out", out, "--method", "best")
+    assert "add --data" in refused(capsys, "--model", olmo2, "--out", out)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude")
+    assert not out.exists()
+
+
+def test_text_and_parquet_rows(olmo2, tmp_path):
+    from datasets import Dataset
+    rows = [{"text": f"some text number {i} of the file"} for i in range(30)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("\n".join(r["text"] for r in rows))
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    tokens = [score.calibration_tokens(tmp_path / f"a.{kind}", AutoTokenizer.from_pretrained(olmo2), 3, 20, 0)
+              for kind in ("parquet", "txt", "jsonl")]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[1], tokens[2])
