@@ -1,0 +1,344 @@
+"""train.py: the loop against torch.optim.AdamW, the shield, exact resume, and what it refuses."""
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import make_mask
+import numpy as np
+import pytest
+import score
+import torch
+import torch.nn.functional as F
+import train
+from conftest import ROOT, tiny_model, write_jsonl
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+TINY = ["--steps", "20", "--batch-size", "4", "--micro-batch-size", "2", "--seq-len", "32", "--lr", "1e-2", "--log-every", "1",
+        "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def mask(olmo2, chats, tmp_path_factory):
+    return make_masks(olmo2, chats, tmp_path_factory.mktemp("mask"))
+
+
+def make_masks(model, chats, folder):
+    score.main(["--model", str(model), "--data", str(chats), "--out", str(folder / "scores"), "--num-samples", "4", "--seq-len", "64"])
+    make_mask.main(["--scores", str(folder / "scores"), "--out", str(folder / "mask.safetensors")])
+    return folder / "mask.safetensors"
+
+
+def arguments(model, data, out, *extra):
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *TINY, *map(str, extra)]
+
+
+def weights(folder):
+    return load_file(folder / "model/model.safetensors")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, tmp_path):
+    model = tiny_model(tmp_path / "source", kind)
+    masks = make_masks(model, chats, tmp_path)
+    train.main(arguments(model, text, tmp_path / "out", "--mask", masks, "--weight-decay", "0.1", "--precision", precision))
+    source, trained = load_file(model / "model.safetensors"), weights(tmp_path / "out")
+    frozen = 0
+    for name, before in source.items():
+        keep = load_file(masks)[name].expand(before.shape) == 0 if name in load_file(masks) else torch.zeros_like(before, dtype=bool)
+        assert torch.equal(before[keep], trained[name][keep]), name
+        assert (before[~keep] != trained[name][~keep]).float().mean() > 0.95, name
+        frozen += int(keep.sum())
+    summary = log_of(tmp_path / "out")[-1]["summary"]
+    assert summary["frozen_verified"] == frozen > 0
+
+
+def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
+    train.main(arguments(olmo2, text, tmp_path / "out", "--weight-decay", "0.1"))
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    ids = []
+    for line in text.read_text().splitlines():
+        ids += tokenizer(json.loads(line)["text"])["input_ids"] + [0]
+    blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+    no_decay = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+                                   {"params": no_decay, "weight_decay": 0.0}], lr=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 1, 20)
+    lines = [line for line in log_of(tmp_path / "out") if line.get("step", 0) > 0]
+    for step in range(20):
+        # the whole batch at once here, two micro-batches there
+        batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
+        loss = F.cross_entropy(model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert lines[step]["loss"] == pytest.approx(loss.item(), abs=2e-4)
+        assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert lines[step]["lr"] == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for name, value in weights(tmp_path / "out").items():
+        assert torch.allclose(value, model.get_parameter(name), atol=2e-4), name
+
+
+def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp_path):
+    """The shield from its definition: Adam and decay written out, multiplied by b_ij, in float64."""
+    train.main(arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--weight-decay", "0.1", "--steps", "5"))
+    tokens, _ = next_tokens(olmo2, text, tmp_path)
+    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float64)
+    masks = {name: m.double() for name, m in load_file(mask).items()}
+    m1, m2 = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
+    for step in range(5):
+        batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
+        F.cross_entropy(model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        grads = {name: p.grad * masks.get(name, 1) for name, p in model.named_parameters()}
+        norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads.values()))
+        lr = 1e-2 * (0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 4)))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g = grads[name] * min(1, 1 / (norm + 1e-6))
+                m1[name] = 0.9 * m1[name] + 0.1 * g
+                m2[name] = 0.999 * m2[name] + 0.001 * g * g
+                update = (m1[name] / (1 - 0.9 ** (step + 1))) / ((m2[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= lr * masks.get(name, 1) * (update + (0.1 * p if p.dim() > 1 else 0))
+                p.grad = None
+    for name, value in weights(tmp_path / "out").items():
+        close = torch.isclose(value.double(), model.get_parameter(name), atol=1e-4)
+        assert close.float().mean() > 0.999, name  # Adam amplifies rounding where a gradient is next to 0
+
+
+def next_tokens(model, text, folder):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return train.token_file("--data", text, tokenizer, "x", 0, folder / "cache")
+
+
+def test_tokens_end_of_text_dtype_and_cache(olmo2, text, tmp_path):
+    tokens, facts = next_tokens(olmo2, text, tmp_path)
+    assert tokens.dtype == np.uint16 and isinstance(tokens, np.memmap)
+    assert (tokens == 0).sum() == facts["documents"] == 60 and tokens[-1] == 0
+    assert facts["bytes"] == sum(len(json.loads(line)["text"].encode()) for line in text.read_text().splitlines())
+    assert AutoTokenizer.from_pretrained(olmo2).decode(tokens[:20].astype(int)).startswith("The old mill")
+    (cached,) = (tmp_path / "cache").glob("*.bin")
+    before = cached.stat().st_mtime_ns
+    next_tokens(olmo2, text, tmp_path)
+    assert cached.stat().st_mtime_ns == before
+
+
+def test_data_order_is_a_shuffle_that_depends_on_seed_and_step_alone():
+    drawn = [i for step in range(10) for i in train.batch_indices(step, 4, 20, 1)]
+    assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20))
+    assert drawn[:20] != drawn[20:] != sorted(drawn[20:])
+    assert train.batch_indices(7, 4, 20, 1) == drawn[28:32] and train.batch_indices(0, 4, 20, 2) != drawn[:4]
+
+
+def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
+    train.main(arguments(olmo2, text, tmp_path / "out", "--steps", "4", "--eval-every", "2", "--source-eval", chats, "--target-eval", text))
+    lines = {line["step"]: line for line in log_of(tmp_path / "out") if "step" in line}
+    assert all({"source_bpb", "target_bpb", "source_loss"} <= set(lines[s]) for s in (0, 2, 4)) and "source_bpb" not in lines[1]
+    tokens, facts = next_tokens(olmo2, text, tmp_path)
+    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)(input_ids=blocks).logits
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
+    assert lines[0]["target_loss"] == pytest.approx(nats, abs=1e-5)
+    assert lines[0]["target_bpb"] == pytest.approx(nats / math.log(2) * facts["tokens"] / facts["bytes"], abs=1e-5)
+    assert lines[4]["target_bpb"] < lines[0]["target_bpb"]
+
+
+def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(olmo2, text, tmp_path, capsys):
+    train.main(arguments(olmo2, text, tmp_path / "out", "--steps", "2"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"):
+        assert (tmp_path / "out/model" / name).read_bytes() == (olmo2 / name).read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert not (tmp_path / "out/checkpoint").exists() and not list(tmp_path.rglob("*.tmp"))
+    out = capsys.readouterr().out
+    for said in ("tied" if False else "lm_head.weight", "tokens a byte", "first block: '", "Adam's moments", "updatable ones moved", "says:"):
+        assert said in out
+
+
+def test_bf16_source_is_saved_as_bf16_with_frozen_bits_kept(chats, text, tmp_path):
+    model = tiny_model(tmp_path / "source", "olmo2")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    masks = make_masks(model, chats, tmp_path)
+    train.main(arguments(model, text, tmp_path / "out", "--mask", masks, "--steps", "3"))
+    source, trained = load_file(model / "model.safetensors"), weights(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    keep = load_file(masks)[name][0] == 0
+    assert trained[name].dtype == torch.bfloat16 and torch.equal(source[name][:, keep], trained[name][:, keep])
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k not in ("ms_per_step", "tokens_per_second", "peak_memory")} for line in lines[1:-1]]
+
+
+def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
+    """kill -9 at random moments, saving included, ten times; then bit-equality with a run never interrupted."""
+    extra = ["--mask", mask, "--save-every", "1", "--steps", "40", "--weight-decay", "0.1", "--target-eval", text, "--eval-every", "7"]
+    train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
+    out, kills, rng = tmp_path / "broken", 0, random.Random(0)
+    script = ("import sys, train, time; sys.path.insert(0, {!r}); real = train.save_checkpoint\n"
+              "def slow(*a):\n    time.sleep(0.1); real(*a)\n"  # so that ten kills fall into forty short steps
+              "train.save_checkpoint = slow; train.main(sys.argv[1:])")
+    while not (out / "model").exists():
+        resume = ["--resume"] if (out / "checkpoint/state.safetensors").exists() else []
+        process = subprocess.Popen([sys.executable, "-c", script.format(str(ROOT)), *arguments(olmo2, text, out, *extra, *resume)],
+                                   cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if kills < 10:
+            log, before = out / "train.jsonl", time.time()
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime > before) and time.time() < before + 60:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 0.6))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            process.wait()
+        else:
+            assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+        process.stderr.close()
+    assert kills == 10
+    whole, broken = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert without_times(log_of(tmp_path / "whole")) == without_times(log_of(out))
+
+
+def refused(capsys, *argv):
+    """Runs train.py, which must exit with 2 and one line of error."""
+    with pytest.raises(SystemExit) as error:
+        train.main([str(a) for a in argv])
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def interrupted(olmo2, text, out, *extra):
+    """A run of 6 steps whose checkpoint of step 4 is left behind: its last loss is not finite."""
+    train.main(arguments(olmo2, text, out, "--steps", "6", "--save-every", "4", *extra))
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture()
+def checkpointed(olmo2, text, tmp_path):
+    """A folder with a checkpoint of step 10 of 20, as a killed run leaves it."""
+    code = ("import sys, os, train; real = train.save_checkpoint\n"
+            "def save_and_die(*a):\n    real(*a); os._exit(9)\n"
+            "train.save_checkpoint = save_and_die; train.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, *arguments(olmo2, text, tmp_path / "out", "--save-every", "10")], cwd=ROOT,
+                          capture_output=True)
+    assert done.returncode == 9
+    return tmp_path / "out"
+
+
+def test_resume_under_other_settings_is_refused(olmo2, llama, mask, text, tmp_path, checkpointed, capsys):
+    state = (checkpointed / "checkpoint/state.safetensors").read_bytes()
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "entirely other text " * 40}])
+    base = arguments(olmo2, text, checkpointed, "--save-every", "10")
+    for extra, message in [(["--lr", "0.02"], "lr was 0.01, is 0.02"), (["--seed", "1"], "seed was 42, is 1"),
+                           (["--data", other], "data was"), (["--mask", mask], "mask was None, is"),
+                           (["--model", tiny_model(tmp_path / "m", "olmo2", seed=5)], "model was"), (["--steps", "30"], "steps was 20, is 30")]:
+        assert message in refused(capsys, *base, "--resume", *extra)
+    assert "add --resume" in refused(capsys, *base)
+    assert (checkpointed / "checkpoint/state.safetensors").read_bytes() == state
+    train.main([*base, "--resume"])
+    assert "finished model" in refused(capsys, *base)
+
+
+def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
+    assert "no checkpoint" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--resume"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content,message", [
+    (None, "no such file"), ("", "no text"), ("{\"text\": \"a\"}\n{broken\n", "line 2 is not JSON"), ("{\"messages\": []}\n", "no `text`"),
+    ("[1]\n", "no `text`"), ("{\"text\": \"short\"}\n", "too short for one block")])
+def test_bad_training_text(content, message, olmo2, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    assert message in refused(capsys, *arguments(olmo2, data, tmp_path / "run/out"))
+    assert not (tmp_path / "run/out").exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+def rewritten(mask, path, change):
+    with safe_open(mask, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    change(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda m, t: t.pop("model.norm.weight"), "no mask for ['model.norm.weight']"),
+    (lambda m, t: t.update({"lm_head.weight": torch.ones(1, 32, dtype=torch.uint8)}), "masks for unknown ['lm_head.weight']"),
+    (lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}), "has a mask [5] for weights [32]"),
+    (lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}), "other values than 0 and 1"),
+    (lambda m, t: m.update(format="ssu-scores"), "not a mask file"), (lambda m, t: m.update(fingerprint="0"), "parameters differ")])
+def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, capsys):
+    bad = rewritten(mask, tmp_path / "bad.safetensors", change)
+    assert message in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", bad))
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, capsys):
+    foreign = make_masks(llama, chats, tmp_path)
+    assert "parameters differ" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", foreign))
+    (tmp_path / "cut").write_bytes(foreign.read_bytes()[:-50])
+    assert "cannot be read" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", tmp_path / "cut"))
+
+
+def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
+    assert "no such folder" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
+
+
+def test_vocabulary_beyond_the_token_file(olmo2, text, tmp_path, capsys):
+    next_tokens(olmo2, text, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(70_000)])
+    (facts,) = (tmp_path / "cache").glob("*.json")
+    with pytest.raises(SystemExit):
+        train.token_file("--data", text, tokenizer, "x", 0, tmp_path / "cache")
+    assert "uint16 cannot hold a vocabulary of 70,400" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+    tokens, _ = train.token_file("--data", text, tokenizer, "x", 0, tmp_path / "cache")
+    assert tokens.dtype == np.uint32
+
+
+def test_non_finite_loss_stops_at_its_step(olmo2, text, tmp_path, capsys):
+    message = refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--lr", "1e38", "--save-every", "2", "--max-grad-norm", "0"))
+    assert "step" in message and ("loss is nan" in message or "no longer finite" in message or "norm is" in message)
+    assert not (tmp_path / "out/model").exists()
+    state = tmp_path / "out/checkpoint/state.safetensors"
+    assert not state.exists() or all(torch.isfinite(t).all() for t in load_file(state).values())
+
+
+@pytest.mark.parametrize("limit", [60_000, 600_000])
+def test_full_disk_is_one_line_and_loses_nothing(limit, olmo2, text, checkpointed, tmp_path):
+    """A limit on the size of files stands for a full disk: the write fails half-way."""
+    state = (checkpointed / "checkpoint/state.safetensors").read_bytes()
+    argv = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume") if limit > 100_000 else \
+        arguments(olmo2, text, tmp_path / "new", "--save-every", "1")
+    done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    if limit > 100_000:
+        assert done.returncode == 0  # the control: at this size everything fits
+    else:
+        assert done.returncode == 2 and len([x for x in done.stderr.splitlines() if "error" in x]) == 1, done.stderr[-1500:]
+        assert not (tmp_path / "new/model").exists() and (checkpointed / "checkpoint/state.safetensors").read_bytes() == state
+        assert not list((tmp_path / "new/checkpoint").glob("*"))
+    assert os.path.exists(checkpointed)
