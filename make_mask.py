@@ -2,7 +2,7 @@
 
 Within each scored parameter the columns are ranked by their importance S_j (score.py) and the top k% are frozen:
     B_j = 0 (freeze) for the int(k * columns) highest, 1 (update) for all others.
-Nothing is compared across parameters, so every matrix keeps the same share. Equal scores: the lower index freezes first.
+Nothing is compared across parameters, so each has the same share frozen. Of equal scores the lower index freezes first.
 The mask is stored in the smallest shape that broadcasts onto its parameter, uint8: [1, d_in] for a matrix, [d] for a
 1-D parameter. It needs no model, no GPU and a second of time.
 
@@ -34,7 +34,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", required=True, type=Path, help="scores-<method>.safetensors of score.py")
     parser.add_argument("--out", required=True, type=Path, help="mask.safetensors to write")
-    parser.add_argument("--ratio", type=float, default=0.5, help="k, the share of columns to freeze, 0 to 1 (paper: 0.5)")
+    parser.add_argument("--ratio", type=float, default=0.5, help="k: share of columns to freeze, 0 to 1 (paper: 0.5)")
     args = parser.parse_args(argv)
     if not 0 <= args.ratio <= 1:
         parser.error(f"--ratio {args.ratio}: must lie between 0 (nothing frozen) and 1 (all scored parameters frozen)")
@@ -57,7 +57,7 @@ def read_scores(path):
         fail(f"--scores {path}: its shapes do not match its fingerprint; make it again with score.py")
     for name, score in scores.items():
         if name not in shapes or score.shape != shapes[name][-1:]:
-            fail(f"--scores {path}: {name} {list(score.shape)} does not fit the model it names; make it again with score.py")
+            fail(f"--scores {path}: {name} {list(score.shape)} does not fit its model; make it again with score.py")
         if not torch.isfinite(score).all():
             fail(f"--scores {path}: {name} holds scores that are not finite; make it again with score.py")
     return scores, metadata, shapes
@@ -79,13 +79,16 @@ def frozen_table(masks, shapes, ratio):
     for name, mask in masks.items():
         frozen, per_column = int((mask == 0).sum()), math.prod(shapes[name]) // mask.numel()
         row = (1, mask.numel(), frozen, mask.numel() * per_column, frozen * per_column)
-        kinds[re.sub(r"\.\d+\.", ".*.", name)] = [a + b for a, b in zip(kinds[re.sub(r"\.\d+\.", ".*.", name)], row)]
-    total = [sum(column) for column in zip(*kinds.values())]
+        kind = kinds[re.sub(r"\.\d+\.", ".*.", name)]
+        kind[:] = [a + b for a, b in zip(kind, row, strict=True)]
+    total = [sum(column) for column in zip(*kinds.values(), strict=True)]
     lines = [f"{'kind':<52} {'number':>6} {'columns':>9} {'frozen':>9} {'asked':>6} {'obtained':>8}"]
     for kind, (number, columns, frozen, weights, weights_frozen) in [*kinds.items(), ("all scored parameters", total)]:
-        lines.append(f"{kind:<52} {number:>6} {columns:>9,} {frozen:>9,} {ratio:>6.1%} {weights_frozen / weights:>8.2%}")
+        share = weights_frozen / weights
+        lines.append(f"{kind:<52} {number:>6} {columns:>9,} {frozen:>9,} {ratio:>6.1%} {share:>8.2%}")
     everything = sum(math.prod(shape) for shape in shapes.values())
-    lines.append(f"of all {everything:,} weights, with embeddings and head (never frozen): {total[4] / everything:.2%} frozen")
+    lines.append(f"of all {everything:,} weights, embeddings and head (never frozen) included: "
+                 f"{total[4] / everything:.2%} frozen")
     return lines, total[4] / everything
 
 
@@ -107,7 +110,8 @@ def save_atomically(tensors, path, metadata):
 def main(argv=None):
     args = parse_args(argv)
     scores, source, shapes = read_scores(args.scores)
-    print(f"freeze the {args.ratio:.1%} highest {source['method']} columns of {len(scores)} parameters of {source['model']}")
+    print(f"freeze the {args.ratio:.1%} highest {source['method']} columns of {len(scores)} parameters of "
+          f"{source['model']}")
 
     masks = {name: column_mask(score, args.ratio) for name, score in scores.items()}
     lines, frozen_fraction = frozen_table(masks, shapes, args.ratio)
@@ -116,7 +120,8 @@ def main(argv=None):
     masks = {name: mask[None] if len(shapes[name]) == 2 else mask for name, mask in masks.items()}  # [1, d_in] or [d]
     carried = {key: source[key] for key in ("method", "axis", "model", "fingerprint", "seed", "shapes")}
     save_atomically(masks, args.out, {
-        "format": "ssu-mask", "version": "1", **carried, "ratio": str(args.ratio), "frozen_fraction": f"{frozen_fraction:.6f}",
+        "format": "ssu-mask", "version": "1", **carried, "ratio": str(args.ratio),
+        "frozen_fraction": f"{frozen_fraction:.6f}",
         "scores_sha256": hashlib.sha256(args.scores.read_bytes()).hexdigest()})
     print(f"mask: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
     print(f"next: python train.py --model {source['model']} --mask {args.out} --data TEXT --out {args.out.parent}")

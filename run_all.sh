@@ -11,7 +11,10 @@ cd "$(dirname "$0")"
 case "${1:-}" in ne|ky|am|ha|ig) LANG_CODE=$1 ;; *)
     echo "usage: bash run_all.sh LANG, where LANG is ne (Nepali), ky (Kyrgyz), am (Amharic), ha (Hausa) or ig (Igbo)" >&2; exit 2 ;; esac
 
-METHODS=${METHODS:-fft ssu-wanda} RATIO=${RATIO:-0.5} STEPS=${STEPS:-48} SEED=${SEED:-42}
+METHODS=${METHODS:-fft ssu-wanda}
+for method in $METHODS; do case $method in fft|ssu-wanda|ssu-mag|ssu-rand) ;; *)
+    echo "run_all.sh: error: METHODS has $method: choose from fft ssu-wanda ssu-mag ssu-rand" >&2; exit 2 ;; esac; done
+RATIO=${RATIO:-0.5} STEPS=${STEPS:-48} SEED=${SEED:-42}
 DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model} RUN=${RUNS:-runs}/$LANG_CODE
 echo "profile: embedded (SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed); about 20 minutes on two cores"
 
@@ -29,32 +32,31 @@ stage() {
     mv "$output.begun" "$output.done"
 }
 
-if [ "$DATA_DIR $MODEL" = "data/embedded data/embedded/model" ]; then
+if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
 if [ -d "$MODEL" ]; then MODEL_SHA256=$(cat "$MODEL"/*.safetensors | sha256sum); fi
 en=$DATA_DIR/en target=$DATA_DIR/$LANG_CODE
 evaluation="--lang $LANG_CODE --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 48"
 
-stage "$RUN/source/eval.json" "$en/*.jsonl $target/*.jsonl" python evaluate.py --model "$MODEL" --out "$RUN/source/eval.json" $evaluation
+stage "$RUN/source/eval.json" "$en/*.jsonl $target/*.jsonl" python evaluate.py --model "$MODEL" \
+    --out "$RUN/source/eval.json" $evaluation
 
 for method in $METHODS; do
-    mask=() out=$RUN/$method
-    case $method in
-        fft) ;;
-        ssu-wanda|ssu-mag|ssu-rand)
-            scores=$RUN/scores-${method#ssu-}.safetensors
-            name=${method#ssu-}; name=${name/mag/magnitude}; name=${name/rand/random}
-            stage "$scores" "$en/calibration.jsonl" python score.py --model "$MODEL" --data "$en/calibration.jsonl" --out "$scores" \
-                --method "$name" --num-samples 32 --seq-len 512 --seed "$SEED"
-            stage "$out/mask.safetensors" "$scores.done" python make_mask.py --scores "$scores" --out "$out/mask.safetensors" --ratio "$RATIO"
-            mask=(--mask "$out/mask.safetensors") ;;
-        *) echo "run_all.sh: error: METHODS=$method: choose from fft ssu-wanda ssu-mag ssu-rand" >&2; exit 2 ;;
-    esac
+    out=$RUN/$method mask=()
+    case $method in ssu-wanda) score=wanda ;; ssu-mag) score=magnitude ;; ssu-rand) score=random ;; fft) score= ;; esac
+    if [ -n "$score" ]; then
+        scores=$RUN/scores-$score.safetensors mask=(--mask "$out/mask.safetensors")
+        stage "$scores" "$en/calibration.jsonl" python score.py --model "$MODEL" --data "$en/calibration.jsonl" \
+            --out "$scores" --method $score --num-samples 32 --seq-len 512 --seed "$SEED"
+        stage "$out/mask.safetensors" "$scores.done" python make_mask.py --scores "$scores" --ratio "$RATIO" \
+            --out "$out/mask.safetensors"
+    fi
     stage "$out/model" "$target/train.jsonl ${mask[1]:+${mask[1]}.done}" python train.py --model "$MODEL" --data "$target/train.jsonl" \
         "${mask[@]}" --out "$out" --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 1e-3 --seed "$SEED" \
-        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096 --save-every 16
-    stage "$out/eval.json" "$out/model.done" python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
+        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096 \
+        --save-every 16
+    stage "$out/eval.json" "$out/model.done $en/*.jsonl $target/*.jsonl" python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
 done
 
 python evaluate.py --report "$RUN"

@@ -14,8 +14,8 @@ The text is packed: chats in the model's own template, shuffled by --seed, conca
 sequences of --seq-len tokens without padding. One forward pass of the decoder, without its head, is all it takes.
 
 Tiny, on a CPU:
-    python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl --out runs/ne/scores-wanda.safetensors \
-        --num-samples 48 --seq-len 512
+    python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \
+        --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
 The paper's setting, on one GPU:
     python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu.jsonl --out runs/ne/scores-wanda.safetensors
 """
@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import load_dataset
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -49,8 +48,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of the source model")
-    parser.add_argument("--data", help="calibration text: .jsonl, .jsonl.gz or .parquet with messages, instruction/output "
-                        "or text; or .txt, a document per line (wanda only)")
+    parser.add_argument("--data", help="calibration text (wanda only): .jsonl, .jsonl.gz or .parquet with messages, "
+                        "instruction/output or text; or .txt, a document a line")
     parser.add_argument("--out", required=True, type=Path, help="scores-<method>.safetensors to write")
     parser.add_argument("--method", choices=["wanda", "magnitude", "random"], default="wanda")
     parser.add_argument("--num-samples", type=int, default=500, help="calibration sequences (paper: 500)")
@@ -82,11 +81,12 @@ def load_config(model):
 
 
 def read_rows(path):
-    """Yields the rows of a data file as dicts; a .txt file gives {"text": line}. Raises SystemExit(2), naming the line."""
+    """Yields the rows of a data file as dicts; a .txt file gives {"text": line}. Raises SystemExit(2) at a bad line."""
     path = Path(path)
     if not path.is_file():
         fail(f"--data {path}: no such file")
     if path.suffix == ".parquet":
+        from datasets import load_dataset  # here, because it takes a second to import
         yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -106,7 +106,7 @@ def row_ids(row, tokenizer):
         row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]}
     if row.get("messages"):
         if not tokenizer.chat_template:
-            fail("the calibration rows are chats, but the tokenizer has no chat template: use an instruct model or raw text")
+            fail("the calibration rows are chats, but the tokenizer has no chat template: use an instruct model")
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
     return tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
@@ -128,7 +128,7 @@ def calibration_tokens(path, tokenizer, num_samples, seq_len, seed):
             break
     samples = min(num_samples, len(ids) // seq_len)
     if samples == 0:
-        fail(f"--data {path}: {len(ids)} tokens do not fill one sequence of {seq_len}: give more text or a smaller --seq-len")
+        fail(f"--data {path}: {len(ids)} tokens do not fill one sequence of {seq_len}: give more text")
     return torch.tensor(ids[: samples * seq_len]).view(samples, seq_len)
 
 
@@ -153,8 +153,8 @@ def scored_parameters(model):
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             fail(f"{name} is {p.dtype}: quantised weights cannot be scored; give the unquantised model")
         if p.dim() > 1 and not isinstance(module, nn.Linear):
-            fail(f"{name} {list(p.shape)} in {kind}: only nn.Linear matrices can be scored; Conv1D stores them transposed, "
-                 "fused experts (3-D) and routers would be scored wrongly")
+            fail(f"{name} {list(p.shape)} in {kind}: only nn.Linear matrices can be scored; Conv1D (transposed), fused "
+                 "experts (3-D) and their routers would be scored wrongly")
     return owners
 
 
@@ -189,7 +189,7 @@ def input_norms(model, owners, tokens, batch_size):
 
     def add(module, x):
         if x is not last[0]:
-            last[:] = x, x.flatten(0, -2).float().square_().sum(0) if x.dtype != torch.float32 else x.flatten(0, -2).square().sum(0)
+            last[:] = x, x.flatten(0, -2).float().square().sum(0)
         squares[module] = squares.get(module, 0) + last[1]
         counts[module] = counts.get(module, 0) + x.numel() // x.shape[-1]
 
@@ -212,7 +212,7 @@ def input_norms(model, owners, tokens, batch_size):
         if module not in squares:
             fail(f"{name} saw no calibration token (an expert never chosen?): give more text or a higher --num-samples")
         is_bias = name.endswith("bias")
-        norms[name] = torch.full_like(squares[module][:1], counts[module] ** 0.5) if is_bias else squares[module].sqrt()
+        norms[name] = squares[module].new_tensor(counts[module]).sqrt() if is_bias else squares[module].sqrt()
     return norms
 
 
@@ -224,7 +224,7 @@ def column_scores(weight, x_norm):
 
 
 def random_scores(name, weight, seed):
-    """SSU-Rand (Section 4.4): a random ranking of the columns [d_in], drawn from seed and the parameter's name alone."""
+    """SSU-Rand (Section 4.4): a random ranking of the columns, [d_in], drawn from seed and the parameter's name."""
     seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
     return torch.rand(weight.shape[-1], generator=torch.Generator().manual_seed(seed))
 
@@ -251,15 +251,15 @@ def main(argv=None):
         skeleton = AutoModelForCausalLM.from_config(config)
     owners = scored_parameters(skeleton)
     matrices = sum(skeleton.get_parameter(name).dim() == 2 for name in owners)
-    print(f"{args.method} scores of {args.model}: {matrices} matrices, {len(owners) - matrices} norm weights and biases; "
-          "embeddings and LM head are not scored")
+    print(f"{args.method} scores of {args.model}: {matrices} matrices, {len(owners) - matrices} norm weights and "
+          "biases; embeddings and LM head are not scored")
 
     tokens = torch.empty(0, 0)
     if args.method == "wanda":
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
         short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the file holds no more)"
-        print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short} of {args.data}")
+        print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short}, {args.data}")
         print(f"first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
 
     auto = "bfloat16" if args.device.startswith("cuda") else "float32"
@@ -269,7 +269,9 @@ def main(argv=None):
     if args.method == "random":
         scores = {name: random_scores(name, model.get_parameter(name), args.seed) for name in owners}
     else:
-        norms = input_norms(model, owners, tokens, args.batch_size) if args.method == "wanda" else dict.fromkeys(owners, 1.0)
+        norms = dict.fromkeys(owners, 1.0)
+        if args.method == "wanda":
+            norms = input_norms(model, owners, tokens, args.batch_size)
         scores = {name: column_scores(model.get_parameter(name), norms[name]).cpu() for name in owners}
     for name, score in scores.items():
         if not torch.isfinite(score).all():
@@ -278,8 +280,9 @@ def main(argv=None):
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     save_atomically(scores, args.out, {
         "format": "ssu-scores", "version": "1", "method": args.method, "axis": "column", "model": args.model,
-        "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.data), "num_samples": str(len(tokens)),
-        "seq_len": str(args.seq_len), "num_tokens": str(tokens.numel()), "shapes": json.dumps(shapes),
+        "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.data),
+        "num_samples": str(len(tokens)), "seq_len": str(args.seq_len), "num_tokens": str(tokens.numel()),
+        "shapes": json.dumps(shapes),
         "torch": torch.__version__, "transformers": transformers.__version__})
     print(f"scores of {len(scores)} parameters: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
     print(f"next: python make_mask.py --scores {args.out} --out {args.out.parent}/ssu-{args.method}/mask.safetensors")

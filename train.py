@@ -1,8 +1,8 @@
-"""Stage 3 of SSU: continued pre-training on raw target text with the shielded columns held (paper, Section 3.3, Table 8).
+"""Stage 3 of SSU: continued pre-training on raw target text, the shielded columns held (Section 3.3, Table 8).
 
-The standard causal language modelling objective, in plain PyTorch mixed precision, and one line that is the method:
+The standard causal language modelling objective in PyTorch's mixed precision, and one line that is the method:
     theta_ij <- theta_ij - lr * b_ij * update_ij          param.grad.mul_(mask), before clipping and Adam
-Adam's moments of a frozen weight thus stay zero. Decoupled weight decay would move it all the same, so decay is masked too.
+Adam's moments of a frozen weight thus stay zero. Decoupled weight decay would move it still, so decay is masked too.
 Without --mask everything is updated: full fine-tuning (FFT, Section 4.4). Text is raw, never templated: documents, each
 ended by the end-of-text token, are concatenated and cut into blocks of --seq-len tokens.
 
@@ -10,11 +10,12 @@ Before it saves, it compares every frozen weight with the source model, bit by b
 the same command with --resume then goes on to the very bits (on a CPU) that a run without interruption would give.
 
 Tiny, on a CPU:
-    python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl --mask runs/ne/ssu-wanda/mask.safetensors \
-        --out runs/ne/ssu-wanda --steps 48 --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 1e-3
+    python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
+        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --steps 48 --batch-size 8 \
+        --micro-batch-size 8 --seq-len 128 --lr 1e-3
 The paper's setting, on one GPU (fp32 weights, gradients and moments: 16 bytes a parameter):
-    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data ne.jsonl.gz --mask runs/ne/ssu-wanda/mask.safetensors \
-        --out runs/ne/ssu-wanda --gradient-checkpointing --save-every 500
+    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data ne.jsonl.gz \
+        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --gradient-checkpointing --save-every 500
 """
 import argparse
 import functools
@@ -36,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -46,7 +46,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ends a document; a chat turn may end otherwise
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
-PROBE = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = "What is the capital of France?"
 
 
 def fail(message):
@@ -58,47 +58,42 @@ def fail(message):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data and model")
-    data.add_argument("--model", required=True, help="folder or hub name of the source model")
-    data.add_argument("--data", required=True, help="target text: .jsonl, .jsonl.gz or .parquet with `text`; or .txt, a document per line")
-    data.add_argument("--mask", type=Path, help="mask.safetensors of make_mask.py; none: full fine-tuning")
-    data.add_argument("--out", required=True, type=Path, help="folder for model/, checkpoint/ and train.jsonl")
-    data.add_argument("--source-eval", help="held-out source text or chats, for bits per byte along the way")
-    data.add_argument("--target-eval", help="held-out target text, likewise")
-    data.add_argument("--end-of-text", help=f"token that ends a document (default: the first of {' '.join(END_OF_TEXT)} "
-                      "in the vocabulary, else the tokenizer's eos)")
-    hyper = parser.add_argument_group("hyperparameters (defaults: Table 8)")
-    hyper.add_argument("--steps", type=int, default=12208, help="optimizer steps")
-    hyper.add_argument("--batch-size", type=int, default=32, help="blocks in a step")
-    hyper.add_argument("--micro-batch-size", type=int, default=4, help="blocks in a forward pass; the rest is accumulated")
-    hyper.add_argument("--seq-len", type=int, default=512, help="tokens in a block")
-    hyper.add_argument("--lr", type=float, default=5e-5, help="peak learning rate; cosine to 0")
-    hyper.add_argument("--warmup-ratio", type=float, default=0.05, help="share of the steps with rising learning rate")
-    hyper.add_argument("--weight-decay", type=float, default=0.01, help="decoupled; not on frozen weights, norms and biases")
-    hyper.add_argument("--max-grad-norm", type=float, default=1.0, help="global norm after masking; 0: no clipping")
-    hyper.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="autocast; weights are fp32 always")
-    hyper.add_argument("--seed", type=int, default=42, help="order of the blocks")
-    system = parser.add_argument_group("system")
-    system.add_argument("--eval-every", type=int, default=500, help="steps between held-out losses; 0: only first and last")
-    system.add_argument("--eval-tokens", type=int, default=65536, help="held-out tokens to look at, spread over the file")
-    system.add_argument("--log-every", type=int, default=10, help="steps between lines of train.jsonl")
-    system.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
-    system.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint")
-    system.add_argument("--gradient-checkpointing", action="store_true", help="less activation memory, a third more time")
-    system.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument_group("model, data, output").add_argument
+    add("--model", required=True, help="folder or hub name of the source model")
+    add("--data", required=True, help="target text: .jsonl, .jsonl.gz, .parquet with `text`; .txt, a document a line")
+    add("--mask", type=Path, help="mask.safetensors of make_mask.py; none: full fine-tuning")
+    add("--out", required=True, type=Path, help="folder for model/, checkpoint/ and train.jsonl")
+    add("--source-eval", help="held-out source text or chats, for bits per byte along the way")
+    add("--target-eval", help="held-out target text, likewise")
+    add = parser.add_argument_group("hyperparameters (defaults: Table 8)").add_argument
+    add("--steps", type=int, default=12208, help="optimizer steps")
+    add("--batch-size", type=int, default=32, help="blocks in a step")
+    add("--micro-batch-size", type=int, default=4, help="blocks in a forward pass; the rest is accumulated")
+    add("--seq-len", type=int, default=512, help="tokens in a block")
+    add("--lr", type=float, default=5e-5, help="peak learning rate; cosine to 0")
+    add("--warmup-ratio", type=float, default=0.05, help="share of the steps with rising learning rate")
+    add("--weight-decay", type=float, default=0.01, help="decoupled; not on frozen weights, norms and biases")
+    add("--max-grad-norm", type=float, default=1.0, help="global norm, after masking; 0: no clipping")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="of autocast; weights are fp32 always")
+    add("--seed", type=int, default=42, help="order of the blocks")
+    add = parser.add_argument_group("along the way").add_argument
+    add("--eval-every", type=int, default=500, help="steps between held-out losses; 0: only first and last")
+    add("--eval-tokens", type=int, default=65536, help="held-out tokens to look at, spread over the file")
+    add("--log-every", type=int, default=10, help="steps between lines of train.jsonl")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint")
+    add("--gradient-checkpointing", action="store_true", help="less activation memory, a third more time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch_size, args.micro_batch_size, args.log_every) < 1 or args.seq_len < 2:
-        parser.error("--steps, --batch-size, --micro-batch-size and --log-every must be at least 1, --seq-len at least 2")
+        parser.error("--steps, --batch-size, --micro-batch-size, --log-every must be at least 1, --seq-len at least 2")
     if args.lr <= 0 or args.weight_decay < 0 or not 0 <= args.warmup_ratio <= 1:
         parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
     return args
 
 
-# Source model and mask
-
-
 def load_config(model):
-    """(config, folder with its tokenizer and config files) of a local folder or hub model. Reads no weight."""
+    """(config, folder with its config and tokenizer files) of a local folder or hub model. Reads no weight."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         fail(f"--model {model}: no such folder")
     try:
@@ -141,11 +136,11 @@ def load_masks(path, model):
         fail(f"--mask {path}: made for {metadata.get('model')}, whose parameters differ; score and mask this --model")
     missing, extra = sorted(maskable(model) - set(masks)), sorted(set(masks) - maskable(model))
     if missing or extra:
-        fail(f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}; make it again with make_mask.py")
+        fail(f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}; make it with make_mask.py")
     for name, mask in masks.items():
         shape = model.get_parameter(name).shape
-        if mask.dim() != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape)):
-            fail(f"--mask {path}: {name} has a mask {list(mask.shape)} for weights {list(shape)}; make it with make_mask.py")
+        if mask.dim() != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True)):
+            fail(f"--mask {path}: {name} has a mask {list(mask.shape)} for weights {list(shape)}; make it again")
         if mask.dtype != torch.uint8 or mask.max() > 1:
             fail(f"--mask {path}: {name} holds other values than 0 and 1; make it again with make_mask.py")
     return masks
@@ -156,13 +151,12 @@ def parameter_table(model, masks):
     kinds = defaultdict(lambda: [0, 0, 0])  # parameters, weights, frozen weights
     for name, p in model.named_parameters():
         frozen = p.numel() * (masks[name] == 0).float().mean().item() if name in masks else 0
-        key = re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape)), "masked" if name in masks else "updated"
-        kinds[key] = [a + b for a, b in zip(kinds[key], (1, p.numel(), frozen))]
-    lines = [f"  {kind:<50} {shape:>12} x {number:<4} {state}" + (f", {frozen / weights:.2%} frozen" if state == "masked" else "")
-             for (kind, shape, state), (number, weights, frozen) in kinds.items()]
-    if model.config.tie_word_embeddings:
-        lines.append("  lm_head: tied, the same storage as the input embeddings")
-    return lines
+        kind = kinds[re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape)), name in masks]
+        kind[:] = [a + b for a, b in zip(kind, (1, p.numel(), frozen), strict=True)]
+    lines = [f"  {kind:<50} {shape:>12} x {number:<4} "
+             + (f"masked, {frozen / size:.2%} frozen" if masked else "updated")
+             for (kind, shape, masked), (number, size, frozen) in kinds.items()]
+    return lines + ["  lm_head: tied, the very storage of the embeddings"] * bool(model.config.tie_word_embeddings)
 
 
 def sha256_of(paths):
@@ -174,19 +168,20 @@ def sha256_of(paths):
     return digest.hexdigest()
 
 
-# Data
-
-
 def read_texts(flag, path, tokenizer, templated):
     """Yields the documents of a data file as strings; chats (held-out text only) through the chat template."""
-    rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True) if path.suffix == ".parquet" else (
-        gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
+    if path.suffix == ".parquet":
+        from datasets import load_dataset  # here, because it takes a second to import
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    else:
+        rows = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
     for number, row in enumerate(rows, 1):
         try:
-            row = row if isinstance(row, dict) else {"text": row.strip()} if path.suffix == ".txt" else json.loads(row)
+            if path.suffix != ".parquet":
+                row = {"text": row.strip()} if path.suffix == ".txt" else json.loads(row)
         except ValueError as error:
             fail(f"{flag} {path}: line {number} is not JSON ({error})")
-        if templated and row.get("messages"):
+        if templated and isinstance(row, dict) and row.get("messages"):
             yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
         elif not isinstance(row, dict) or not isinstance(row.get("text"), str):
             fail(f"{flag} {path}: line {number} has no `text`" + (" and no `messages`" if templated else ""))
@@ -203,20 +198,23 @@ def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, temp
     if not path.is_file():
         fail(f"{flag} {path}: no such file")
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    key = hashlib.sha256(f"1 {sha256_of([path])} {tokenizer_sha256} {end_of_text} {templated}".encode()).hexdigest()[:16]
+    made_from = f"1 {sha256_of([path])} {tokenizer_sha256} {end_of_text} {templated}"
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     tokens_path, facts_path = cache / f"{path.stem}-{key}.bin", cache / f"{path.stem}-{key}.json"
     if not facts_path.exists():  # written last, so its presence says that the tokens are complete
         cache.mkdir(parents=True, exist_ok=True)
-        facts = {"data": str(path), "key": key, "dtype": dtype.name, "documents": 0, "tokens": 0, "bytes": 0, "words": 0}
-        temporary = tokens_path.with_suffix(f".{os.getpid()}.tmp")
+        facts = dict(data=str(path), key=key, dtype=dtype.name, documents=0, tokens=0, bytes=0, words=0)
+        temporary = tokens_path.with_suffix(".tmp")
         try:
             with open(temporary, "wb") as file:
-                for text in tqdm(read_texts(flag, path, tokenizer, templated), desc=f"tokenise {path.name}", unit="doc"):
+                texts = read_texts(flag, path, tokenizer, templated)
+                for text in tqdm(texts, desc=f"tokenise {path.name}", unit="doc"):
                     ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
-                    ids = ids if ids and ids[-1] == end_of_text else ids + [end_of_text]
+                    ids += [end_of_text] * (ids[-1:] != [end_of_text])
                     file.write(np.array(ids, dtype).tobytes())
-                    for name, count in (("documents", 1), ("tokens", len(ids)), ("bytes", len(text.encode())), ("words", len(text.split()))):
-                        facts[name] += count
+                    counts = dict(documents=1, tokens=len(ids), bytes=len(text.encode()), words=len(text.split()))
+                    facts |= {name: facts[name] + count for name, count in counts.items()}
+                file.flush()
                 os.fsync(file.fileno())
             if facts["tokens"] == 0:
                 fail(f"{flag} {path}: no text in it")
@@ -226,7 +224,7 @@ def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, temp
             temporary.unlink(missing_ok=True)
     facts = json.loads(facts_path.read_text())
     if np.dtype(facts["dtype"]).itemsize < dtype.itemsize:
-        fail(f"{tokens_path}: {facts['dtype']} cannot hold a vocabulary of {len(tokenizer):,}; delete this file and its .json")
+        fail(f"{tokens_path}: {facts['dtype']} cannot hold a vocabulary of {len(tokenizer):,}; delete it and its .json")
     if tokens_path.stat().st_size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
         fail(f"{tokens_path}: not the {facts['tokens']:,} tokens that its .json promises; delete both")
     return np.memmap(tokens_path, facts["dtype"], "r"), facts
@@ -248,9 +246,6 @@ def batch_indices(step, batch_size, num_blocks, seed):
     return [int(epoch_order(num_blocks, seed, p // num_blocks)[p % num_blocks]) for p in positions]
 
 
-# One step
-
-
 def lr_at(step, steps, warmup_ratio, peak):
     """Learning rate of step `step` (from 0): linear warm-up over the first ceil(5%) steps, cosine to 0 (Table 8); the
     schedule of transformers, whose very first step has rate 0."""
@@ -266,12 +261,12 @@ def next_token_loss(logits, tokens):
 
 
 def make_optimizer(model, masks, lr, weight_decay):
-    """AdamW of Table 8. It decays the unmasked matrices; masked ones get the same decay, masked, in the loop."""
+    """AdamW of Table 8. It decays the unmasked matrices; masked ones get the same decay, masked, in train()."""
     decayed = [p for name, p in model.named_parameters() if p.dim() > 1 and name not in masks]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in masks]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    fused = decayed[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 @torch.no_grad()
@@ -279,19 +274,15 @@ def heldout_loss(model, tokens, facts, args, autocast):
     """(bits per byte, nats per token) on up to --eval-tokens tokens in blocks spread evenly over a token file."""
     num_blocks = len(tokens) // args.seq_len
     chosen = np.linspace(0, num_blocks - 1, min(num_blocks, max(1, args.eval_tokens // args.seq_len))).astype(int)
-    model.eval()
     total = 0.0
-    for batch in blocks(tokens, chosen, args.seq_len).split(args.micro_batch_size):
-        batch = batch.to(args.device)
+    model.eval()
+    for batch in blocks(tokens, chosen, args.seq_len).to(args.device).split(args.micro_batch_size):
         with autocast():
             logits = model(input_ids=batch, use_cache=False).logits
         total += next_token_loss(logits, batch).item()
     model.train()
     nats = total / (len(chosen) * (args.seq_len - 1))
     return nats / math.log(2) * facts["tokens"] / facts["bytes"], nats
-
-
-# Checkpoints and the saved model
 
 
 def write_atomically(path, text):
@@ -304,18 +295,18 @@ def write_atomically(path, text):
 
 
 def save_checkpoint(path, step, model, optimizer, scaler, settings):
-    """Writes all that --resume needs, in fp32: weights, Adam's moments and steps, the loss scale. Old or new, never half."""
-    tensors = {}
+    """Writes all that --resume needs, in fp32: weights, Adam's moments and steps, the loss scale; all or nothing."""
+    tensors = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    if not all(torch.isfinite(weight).all() for weight in tensors.values()):
+        fail(f"step {step}: weights are not finite; what was saved before is intact. Lower --lr, or check the data")
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            fail(f"step {step}: {name} is no longer finite; the checkpoint before is intact. Lower --lr, or check the data")
-        tensors[f"weight/{name}"] = p.detach()
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
+    metadata = {"format": "ssu-checkpoint", "version": "1", "step": str(step), "settings": json.dumps(settings),
+                "scaler": json.dumps(scaler.state_dict())}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": "ssu-checkpoint", "version": "1", "step": str(step),
-                                                "scaler": json.dumps(scaler.state_dict()), "settings": json.dumps(settings)})
+        save_file(tensors, temporary, metadata=metadata)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -324,13 +315,14 @@ def save_checkpoint(path, step, model, optimizer, scaler, settings):
 
 
 def read_checkpoint_step(path, settings):
-    """Step of a checkpoint. Raises SystemExit(2) when it belongs to a run with other settings, naming the difference."""
+    """Step of a checkpoint. Raises SystemExit(2) when it belongs to a run with other settings, naming them."""
     if not path.is_file():
         fail(f"--resume: no checkpoint at {path}; leave --resume out to start")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     saved = json.loads(metadata["settings"])
-    differing = [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in saved | settings if saved.get(key) != settings.get(key)]
+    differing = [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in saved | settings
+                 if saved.get(key) != settings.get(key)]
     if differing:
         fail(f"--resume: {path} belongs to a run with other settings: {'; '.join(differing)}")
     return int(metadata["step"])
@@ -350,21 +342,23 @@ def load_checkpoint(path, model, optimizer, scaler):
 def compare_with_source(model, masks, source):
     """(frozen weights, all bit-identical to the source; updatable weights; those of them that moved).
 
-    Raises SystemExit(2) if any frozen weight differs in any bit (what Section 3.3 promises)."""
+    Raises SystemExit(2) if any frozen weight differs in any bit from what Section 3.3 promises."""
     frozen = updatable = moved = 0
-    for (name, p), original in zip(model.named_parameters(), source.parameters()):
-        differs = p.detach().float().cpu().view(torch.int32) != original.detach().float().view(torch.int32)
+    for (name, p), before in zip(model.named_parameters(), source.parameters(), strict=True):
+        differs = p.detach().cpu().view(torch.int32) != before.detach().view(torch.int32)
         update = masks[name].bool().expand(p.shape) if name in masks else torch.ones_like(differs)
         if (differs & ~update).any():
-            fail(f"{int((differs & ~update).sum())} frozen weights of {name} differ from the source model; nothing is saved. "
-                 "This is a defect of the loop: please report it")
-        frozen, updatable, moved = frozen + int((~update).sum()), updatable + int(update.sum()), moved + int((differs & update).sum())
+            fail(f"{int((differs & ~update).sum())} frozen weights of {name} differ from the source model, so nothing "
+                 "is saved. This is a defect of the loop: please report it")
+        frozen += int((~update).sum())
+        updatable += int(update.sum())
+        moved += int((differs & update).sum())
     return frozen, updatable, moved
 
 
 def save_model(model, folder, out, dtype):
     """Saves an ordinary Hugging Face folder: weights in the source model's dtype; tokenizer, chat template, config and
-    generation files byte for byte those of the source. Written beside `out` and moved there when it has answered a chat."""
+    generation files byte for byte those of the source. It is loaded and answers a chat before it gets its name."""
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.to(dtype).save_pretrained(temporary)
@@ -374,13 +368,16 @@ def save_model(model, folder, out, dtype):
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    reloaded = AutoModelForCausalLM.from_pretrained(temporary, dtype=dtype).to(model.device)
+    saved = AutoModelForCausalLM.from_pretrained(temporary, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(temporary)
-    prompt = PROBE[0]["content"] if not tokenizer.chat_template else tokenizer.apply_chat_template(
-        PROBE, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"].to(model.device)
-    answer = reloaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-                               pad_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
+    prompt = QUESTION
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": QUESTION}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+    answer = saved.to(model.device).generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False,
+        pad_token_id=tokenizer.eos_token_id)[0, inputs["input_ids"].shape[1]:]
     os.replace(temporary, out)
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
@@ -392,181 +389,187 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    try:
-        run(args)
-    except OSError as error:  # a full disk, an unwritable folder
-        fail(f"{error}; what was written before is intact")
-    except SafetensorError as error:
-        fail(f"{args.out}: cannot be written ({error}); what was written before is intact")
+def train(args, model, masks, tokens, heldout, settings, start):
+    """The loop of Section 3.3, from step `start`; --resume relies on its order of events. tokens: memmap [tokens];
+    heldout: {"source" or "target": (tokens, facts)}. Trains `model` in place. Raises SystemExit(2) if not finite."""
+    checkpoint, log = args.out / "checkpoint/state.safetensors", args.out / "train.jsonl"
+    device = torch.device(args.device)
+    optimizer = make_optimizer(model, masks, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    autocast = functools.partial(torch.autocast, device.type, enabled=args.precision != "fp32",
+                                 dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
+    masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks]
+    lines = [json.dumps({"settings": settings | {k: str(v) for k, v in vars(args).items() if k not in settings}})]
+    if start:
+        load_checkpoint(checkpoint, model, optimizer, scaler)
+        written = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line.strip() for line in written if json.loads(line).get("step", 0) <= start]
+        print(f"resumed after step {start} of {args.steps}")
+    write_atomically(log, "\n".join(lines) + "\n")
+
+    num_blocks, tokens_per_step, seconds = len(tokens) // args.seq_len, args.batch_size * args.seq_len, 0.0
+
+    def record(step, **values):
+        for side, (side_tokens, facts) in heldout.items():
+            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
+                bits, nats = heldout_loss(model, side_tokens, facts, args, autocast)
+                values |= {f"{side}_bpb": round(bits, 6), f"{side}_loss": round(nats, 6)}
+                tqdm.write(f"step {step}: held-out {side} {bits:.4f} bits a byte, {nats:.4f} nats a token")
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    if not start:
+        record(0)
+    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", desc="train")):
+        began = time.perf_counter()
+        lr = lr_at(step, args.steps, args.warmup_ratio, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any, resumes alike
+        batch = blocks(tokens, batch_indices(step, args.batch_size, num_blocks, args.seed), args.seq_len).to(device)
+        loss = torch.zeros((), device=device)
+        for micro_batch in batch.split(args.micro_batch_size):
+            with autocast():
+                logits = model(input_ids=micro_batch, use_cache=False).logits
+            part = next_token_loss(logits, micro_batch) / (args.batch_size * (args.seq_len - 1))  # of the step's mean
+            scaler.scale(part).backward()
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+
+        for param, mask in masked:
+            if param.grad is not None:
+                param.grad.mul_(mask)  # the method: b_ij of Section 3.3
+        # inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        if not torch.isfinite(loss) or not (torch.isfinite(norm) or scaler.get_scale() > 1):
+            fail(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}; what was saved before is intact. "
+                 "Lower --lr, or check the data")
+        if torch.isfinite(norm) and args.weight_decay:
+            with torch.no_grad():
+                for param, mask in masked:
+                    if param.dim() > 1:
+                        param.mul_(1 - lr * args.weight_decay * mask)  # decoupled decay, of updatable weights alone
+        scaler.step(optimizer)  # under fp16, leaves out a step whose gradients overflowed
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        logged = done % args.log_every == 0 or done == args.steps or (args.eval_every and done % args.eval_every == 0)
+        value = loss.item() if logged else None  # waits for the GPU, so that the clock below is right
+        seconds += time.perf_counter() - began
+        if logged:
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            record(done, loss=round(value, 6), grad_norm=round(norm.item(), 6), lr=lr, tokens=done * tokens_per_step,
+                   ms_per_step=round(1000 * seconds / (done - start)), peak_memory=peak_memory(device),
+                   tokens_per_second=round((done - start) * tokens_per_step / seconds))
+        if args.save_every and done % args.save_every == 0 and done < args.steps:
+            save_checkpoint(checkpoint, done, model, optimizer, scaler, settings)
 
 
 def run(args):
-    checkpoint, final, log = args.out / "checkpoint/state.safetensors", args.out / "model", args.out / "train.jsonl"
+    checkpoint, final = args.out / "checkpoint/state.safetensors", args.out / "model"
     config, folder = load_config(args.model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if len(tokenizer) > skeleton.get_input_embeddings().num_embeddings:
-        fail(f"the tokenizer's {len(tokenizer):,} tokens exceed the model's {skeleton.get_input_embeddings().num_embeddings:,} embeddings")
+    vocabulary, embeddings = tokenizer.get_vocab(), skeleton.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {embeddings:,} rows")
     if final.exists():
         fail(f"--out {args.out}: holds a finished model; choose another folder or delete it")
     if checkpoint.exists() and not args.resume:
         fail(f"--out {args.out}: holds a checkpoint; add --resume to go on, or delete it to start anew")
 
-    # Text: tokenised once, beside the run's other artifacts, and shared by all methods.
-    vocabulary = tokenizer.get_vocab()
-    name = args.end_of_text or next((t for t in END_OF_TEXT if t in vocabulary), tokenizer.eos_token)
-    if name not in vocabulary:
-        fail(f"--end-of-text {name}: not in the tokenizer's vocabulary")
-    tokenizer_sha256 = sha256_of(f for f in folder.iterdir() if f.is_file() and f.suffix in {".json", ".txt", ".model", ".jinja"} and
-                                 not f.name.startswith(("config", "generation", "model")))
-    read = functools.partial(token_file, tokenizer=tokenizer, tokenizer_sha256=tokenizer_sha256,
-                             end_of_text=vocabulary[name], cache=args.out.parent / "tokens")
-    train_tokens, train_facts = read("--data", args.data)
-    heldout = {side: read(f"--{side}-eval", path, templated=side == "source") for side, path in
-               (("source", args.source_eval), ("target", args.target_eval)) if path}
-    for flag, tokens in [("--data", train_tokens)] + [(f"--{side}-eval", tokens) for side, (tokens, _) in heldout.items()]:
-        if len(tokens) < args.seq_len:
-            fail(f"{flag}: {len(tokens)} tokens are too short for one block of {args.seq_len}")
-    num_blocks = len(train_tokens) // args.seq_len
+    # Text is tokenised once, beside the run's other artifacts, for all methods.
+    end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
+    tokenizer_files = [f for f in folder.iterdir()
+                       if f.is_file() and f.name.startswith(("tokenizer", "chat_template", "vocab", "merges"))]
+    read = functools.partial(token_file, tokenizer=tokenizer, tokenizer_sha256=sha256_of(tokenizer_files),
+                             end_of_text=vocabulary[end_of_text], cache=args.out.parent / "tokens")
+    tokens, facts = read("--data", args.data)
+    heldout = {side: read(f"--{side}-eval", path, templated=side == "source")
+               for side, path in (("source", args.source_eval), ("target", args.target_eval)) if path}
+    for flag, found in (("--data", tokens), *((f"--{side}-eval", found) for side, (found, _) in heldout.items())):
+        if len(found) < args.seq_len:
+            fail(f"{flag}: {len(found)} tokens are too short for one block of {args.seq_len}")
+    num_blocks = len(tokens) // args.seq_len
 
-    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio",
-                "weight_decay", "max_grad_norm", "precision", "seed", "gradient_checkpointing", "device")}
-    settings |= {"model": getattr(config, "_commit_hash", None) or sha256_of(folder.glob("*.safetensors")), "data": train_facts["key"],
-                 "mask": hashlib.sha256(b"".join(n.encode() + masks[n].numpy().tobytes() for n in sorted(masks))).hexdigest() if masks else None,
-                 "torch": torch.__version__, "threads": torch.get_num_threads()}
+    # What a resumed run must have in common with the interrupted one to reach the same bits.
+    device, digest = torch.device(args.device), hashlib.sha256()
+    for name in sorted(masks):
+        digest.update(name.encode() + masks[name].numpy().tobytes())
+    settings = {key: getattr(args, key) for key in (
+        "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
+        "precision", "seed", "gradient_checkpointing")}
+    settings |= {
+        "model": getattr(config, "_commit_hash", None) or sha256_of(folder.glob("*.safetensors")),
+        "data": facts["key"], "mask": digest.hexdigest() if masks else None,
+        "device": device.type, "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "torch": torch.__version__, "transformers": transformers.__version__}
     start = read_checkpoint_step(checkpoint, settings) if args.resume else 0
 
-    # What is about to happen, in numbers.
     count = sum(p.numel() for p in skeleton.parameters())
-    attention = "flash_attention_2" if args.device.startswith("cuda") and is_flash_attn_2_available() and args.precision != "fp32" else "sdpa"
-    print(f"{'SSU' if masks else 'full fine-tuning'}: {args.model} ({count / 1e6:.1f}M parameters, fingerprint {fingerprint(skeleton)[:12]}), "
-          f"{args.precision} on {args.device}, {attention} attention")
+    flash = device.type == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
+    print(f"{'SSU' if masks else 'full fine-tuning'}: {args.model}, {count:,} parameters, {args.precision} on {device},"
+          f" {'flash-attn' if flash else 'SDPA'}")
     print("\n".join(parameter_table(skeleton, masks)))
-    for label, (_, facts) in {"training": (None, train_facts), **heldout}.items():
-        print(f"{label} text: {facts['documents']:,} documents, {facts['bytes']:,} bytes, {facts['tokens']:,} tokens: "
-              f"{facts['tokens'] / facts['bytes']:.3f} tokens a byte, {facts['tokens'] / max(1, facts['words']):.2f} a word")
-    print(f"each document ends with {name!r} (id {vocabulary[name]}); the vocabulary is not extended")
-    micro_batches = math.ceil(args.batch_size / args.micro_batch_size)
-    tokens_per_step = args.batch_size * args.seq_len
-    print(f"{args.steps:,} steps x {args.batch_size} blocks x {args.seq_len} = {args.steps * tokens_per_step:,} tokens, "
-          f"{args.steps * args.batch_size / num_blocks:.2f} epochs of {num_blocks:,} blocks; {micro_batches} micro-batches a step")
-    print(f"first block: {tokenizer.decode(blocks(train_tokens, batch_indices(0, 1, num_blocks, args.seed), args.seq_len)[0])!r}")
-    mask_bytes = sum(mask.numel() for mask in masks.values())
-    print(f"bytes: weights {4 * count:,}, gradients {4 * count:,}, Adam's moments {8 * count:,}, masks {mask_bytes:,}; activations come on top")
-    memory = torch.cuda.mem_get_info(args.device)[1] if args.device.startswith("cuda") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for label, (_, f) in {"training": (None, facts), **heldout}.items():
+        print(f"{label} text: {f['documents']:,} documents, {f['bytes']:,} bytes, {f['tokens']:,} tokens: "
+              f"{f['tokens'] / f['bytes']:.3f} tokens a byte, {f['tokens'] / max(1, f['words']):.2f} a word")
+    print(f"each document ends with {end_of_text!r} (id {vocabulary[end_of_text]}); the vocabulary is not extended")
+    first = blocks(tokens, batch_indices(0, 1, num_blocks, args.seed), args.seq_len)[0]
+    print(f"first block: {tokenizer.decode(first)!r}")
+    drawn = args.steps * args.batch_size
+    print(f"{args.steps:,} steps x {args.batch_size} blocks x {args.seq_len} = {drawn * args.seq_len:,} tokens, "
+          f"{drawn / num_blocks:.2f} epochs of {num_blocks:,} blocks; "
+          f"{math.ceil(args.batch_size / args.micro_batch_size)} micro-batches a step")
+    print(f"bytes: weights {4 * count:,}, gradients {4 * count:,}, Adam's moments {8 * count:,}, "
+          f"masks {sum(mask.numel() for mask in masks.values()):,}; activations come on top")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
     if 16 * count > memory:
-        fail(f"weights, gradients and moments need {16 * count / 1e9:.1f} GB, {args.device} has {memory / 1e9:.1f}: choose a smaller model")
-    args.out.mkdir(parents=True, exist_ok=True)
-    disk, needed = shutil.disk_usage(args.out).free, (24 * count if args.save_every else 0) + 4 * count
-    if needed > disk:
-        fail(f"--out {args.out}: needs {needed / 1e9:.2f} GB of disk, {disk / 1e9:.2f} are free")
+        fail(f"these need {16 * count / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model")
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention, use_safetensors=True)
-    model.to(args.device).train()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
+                                                 attn_implementation="flash_attention_2" if flash else "sdpa")
+    model.to(device).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = make_optimizer(model, masks, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    autocast = functools.partial(torch.autocast, torch.device(args.device).type, enabled=args.precision != "fp32",
-                                 dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
-    on_device = {name: mask.to(args.device) for name, mask in masks.items()}
-    masked = [(p, on_device[name]) for name, p in model.named_parameters() if name in masks]
-    if start:
-        load_checkpoint(checkpoint, model, optimizer, scaler)
-
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    lines = [json.dumps({"settings": {**vars(args), **settings, "args_model": args.model}, "transformers": transformers.__version__,
-                         "commit": commit.stdout.strip() or "unknown"}, default=str)]
-    if start:
-        print(f"resumed after step {start} of {args.steps}")
-        kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        lines = [line.strip() for line in kept if json.loads(line).get("step", 0) <= start]
-    write_atomically(log, "\n".join(lines) + "\n")
-
-    def record(file, step, **values):
-        for side, (tokens, facts) in heldout.items():
-            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-                bits, nats = heldout_loss(model, tokens, facts, args, autocast)
-                values |= {f"{side}_bpb": round(bits, 6), f"{side}_loss": round(nats, 6)}
-                tqdm.write(f"step {step}: held-out {side} {bits:.4f} bits a byte, {nats:.4f} nats a token")
-        file.write(json.dumps({"step": step, **values}) + "\n")
-        file.flush()
-
-    seconds = 0.0
-    with open(log, "a", encoding="utf-8") as file, tqdm(total=args.steps, initial=start, unit="step", desc="train") as bar:
-        if not start:
-            record(file, 0)
-        for step in range(start, args.steps):
-            began = time.perf_counter()
-            lr = lr_at(step, args.steps, args.warmup_ratio, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any, resumes alike
-            batch = blocks(train_tokens, batch_indices(step, args.batch_size, num_blocks, args.seed), args.seq_len).to(args.device)
-            loss = torch.zeros((), device=args.device)
-            for micro_batch in batch.split(args.micro_batch_size):
-                with autocast():
-                    logits = model(input_ids=micro_batch, use_cache=False).logits
-                part = next_token_loss(logits, micro_batch) / (args.batch_size * (args.seq_len - 1))  # true mean of the step
-                scaler.scale(part).backward()
-                loss += part.detach()
-            if not torch.isfinite(loss):
-                fail(f"step {step + 1}: the loss is {loss.item()}; {'the last checkpoint is intact' if checkpoint.exists() else 'nothing is saved'}. "
-                     "Lower --lr, or check the data")
-
-            scaler.unscale_(optimizer)
-            for param, mask in masked:
-                if param.grad is not None:
-                    param.grad.mul_(mask)  # the method: b_ij of Section 3.3
-            # inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            if torch.isfinite(norm):
-                with torch.no_grad():
-                    for param, mask in masked:
-                        if param.dim() > 1 and args.weight_decay:
-                            param.mul_(1 - lr * args.weight_decay * mask)  # decay, of updatable weights only
-            elif not scaler.is_enabled() or scaler.get_scale() < 1:
-                fail(f"step {step + 1}: the gradient norm is {norm.item()}; nothing of it is saved. Lower --lr, or check the data")
-            scaler.step(optimizer)  # with fp16, skips a step whose gradients overflowed
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-            if (step + 1) % args.log_every == 0 or step + 1 == args.steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-                value = loss.item()
-                seconds += time.perf_counter() - began
-                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-                record(file, step + 1, loss=round(value, 6), grad_norm=round(norm.item(), 6), lr=lr, tokens=(step + 1) * tokens_per_step,
-                       ms_per_step=round(1000 * seconds / (step + 1 - start)), peak_memory=peak_memory(args.device),
-                       tokens_per_second=round((step + 1 - start) * tokens_per_step / seconds))
-            else:
-                seconds += time.perf_counter() - began
-            bar.update()
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save_checkpoint(checkpoint, step + 1, model, optimizer, scaler, settings)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    train(args, model, masks, tokens, heldout, settings, start)
 
     # Proof before the save: what was frozen is what it was.
-    del optimizer
     model.zero_grad(set_to_none=True)
     source = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
     frozen, updatable, moved = compare_with_source(model, masks, source)
     del source
-    print(f"verified: {frozen:,} frozen weights are bit-identical to the source; {moved / updatable:.2%} of {updatable:,} updatable ones moved")
+    print(f"verified: {frozen:,} frozen weights are bit-identical to the source; "
+          f"{moved / updatable:.2%} of {updatable:,} updatable ones moved")
     if moved / updatable < 0.5:
         print("warning: most updatable weights never moved; is the learning rate too small?")
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         fail("the trained weights are not finite; nothing is saved. Lower --lr, or check the data")
     answer = save_model(model, folder, final, config.dtype or torch.float32)
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"summary": {"frozen_verified": frozen, "updatable": updatable, "moved": moved, "answer": answer,
-                                           "peak_memory": peak_memory(args.device)}}) + "\n")
+    with open(args.out / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"summary": {
+            "frozen_verified": frozen, "updatable": updatable, "moved": moved, "answer": answer,
+            "peak_memory": peak_memory(device), "commit": git.stdout.strip() or "unknown"}}) + "\n")
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    print(f"the saved model, asked {PROBE[0]['content']!r}, says: {answer!r}")
-    print(f"model: {final}; log: {log}")
+    print(f"the saved model, asked {QUESTION!r}, says: {answer!r}")
+    print(f"model: {final}; log: {args.out}/train.jsonl")
     print(f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG --data-dir DIR")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written, a damaged file
+        fail(f"{error}; what was written before is intact")
 
 
 if __name__ == "__main__":

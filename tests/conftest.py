@@ -29,15 +29,15 @@ TEXT = ["The old mill stands by the river, and its wheel has not turned for year
         "आज मौसम राम्रो छ र हामी बजार जाँदैछौं।", "Rain fell on the hills; the children ran home laughing."]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
-             bos_token_id=None, eos_token_id=2, pad_token_id=0)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
 MODELS = {"olmo2": (Olmo2Config, Olmo2ForCausalLM, dict(num_key_value_heads=4, tie_word_embeddings=False)),
           "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=True)),
           "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=False))}
 
 
 def tiny_tokenizer():
-    """Byte-level BPE of about 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in chat models)."""
+    """Byte-level BPE of 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in chat models)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(folder, kind="llama", seed=0):
-    """Saves a random model of a kind of MODELS, its norm weights and biases random too, and its tokenizer to `folder`."""
+    """Saves a random model of a kind of MODELS, norm weights and biases random too, with its tokenizer to `folder`."""
     tokenizer = tiny_tokenizer()
     config, architecture, extra = MODELS[kind]
     torch.manual_seed(seed)
@@ -96,6 +96,6 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Calibration chats, `messages` rows."""
-    rows = [{"messages": [{"role": "user", "content": f"{TEXT[i % 5]} {i}?"}, {"role": "assistant", "content": TEXT[(i + 1) % 5]}]}
-            for i in range(40)]
+    rows = [{"messages": [{"role": "user", "content": f"{TEXT[i % 5]} {i}?"},
+                          {"role": "assistant", "content": TEXT[(i + 1) % 5]}]} for i in range(40)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)

@@ -1,19 +1,21 @@
 """make_mask.py: exactly int(k * columns) columns, the highest, deterministically; and what it refuses."""
 import hashlib
 
-import make_mask
 import pytest
-import score
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import make_mask
+import score
+
 
 @pytest.fixture(scope="module")
 def scores(olmo2, chats, tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "scores-wanda.safetensors"
-    score.main(["--model", str(olmo2), "--data", str(chats), "--out", str(path), "--num-samples", "4", "--seq-len", "64"])
+    score.main(["--model", str(olmo2), "--data", str(chats), "--out", str(path), "--num-samples", "4",
+                "--seq-len", "64"])
     return path
 
 
@@ -75,8 +77,10 @@ def damaged(scores, folder, change):
 
 
 @pytest.mark.parametrize("change,message", [
-    (lambda m, t: m.update(format="ssu-mask"), "not column scores"), (lambda m, t: m.update(version="2"), "not column scores"),
-    (lambda m, t: m.update(axis="row"), "not column scores"), (lambda m, t: m.update(fingerprint="0" * 64), "fingerprint"),
+    (lambda m, t: m.update(format="ssu-mask"), "not column scores"),
+    (lambda m, t: m.update(version="2"), "not column scores"),
+    (lambda m, t: m.update(axis="row"), "not column scores"),
+    (lambda m, t: m.update(fingerprint="0" * 64), "fingerprint"),
     (lambda m, t: t.update({"extra.weight": torch.ones(3)}), "does not fit"),
     (lambda m, t: t.update({"model.norm.weight": torch.ones(3)}), "does not fit"),
     (lambda m, t: t.update({"model.norm.weight": torch.full((32,), float("nan"))}), "not finite")])

@@ -2,12 +2,20 @@
 import json
 
 import pytest
-import score
 import torch
 from conftest import MODELS, SIZES, tiny_model, tiny_tokenizer, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import score
 
 
 def run(model, data, out, *extra):
@@ -25,7 +33,8 @@ def reference(folder, tokens):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     seen = {}
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].detach()) if args else None)
+        module.register_forward_hook(
+            lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].detach()) if args else None)
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None], use_cache=False)
@@ -69,7 +78,8 @@ def test_calibration_is_packed_shuffled_and_templated(olmo2, chats):
 def test_instruction_rows_become_chats(olmo2):
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     ids = score.row_ids({"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"}, tokenizer)
-    assert tokenizer.decode(ids) == "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n")
 
 
 def test_magnitude_and_random(olmo2, chats, tmp_path):
@@ -77,9 +87,10 @@ def test_magnitude_and_random(olmo2, chats, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(magnitude[name], model.get_parameter(name).abs().sum(0))
-    random = [run(olmo2, chats, tmp_path / f"{i}.safetensors", "--method", "random", "--seed", seed) for i, seed in enumerate("778")]
-    assert all(torch.equal(random[0][n], random[1][n]) and not torch.equal(random[0][n], random[2][n]) for n in random[0])
-    assert not torch.equal(random[0]["model.layers.0.mlp.down_proj.weight"], random[0][name])
+    a, b, c = (run(olmo2, chats, tmp_path / f"{i}.safetensors", "--method", "random", "--seed", seed)
+               for i, seed in enumerate("778"))
+    assert all(torch.equal(a[n], b[n]) and not torch.equal(a[n], c[n]) for n in a)
+    assert not torch.equal(a["model.layers.0.mlp.down_proj.weight"], a[name])
 
 
 def test_metadata_and_batch_size_independence(olmo2, chats, tmp_path):
@@ -103,8 +114,10 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize("make,message", [
-    (lambda f: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(f), "Conv1D"),
-    (lambda f: MixtralForCausalLM(MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)).save_pretrained(f), "MixtralTopKRouter"),
+    (lambda f: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(f),
+     "Conv1D"),
+    (lambda f: MixtralForCausalLM(MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)).save_pretrained(f),
+     "MixtralTopKRouter"),
 ])
 def test_layouts_that_cannot_be_scored_are_refused_by_name(make, message, chats, tmp_path, capsys):
     make(tmp_path / "m")
@@ -115,7 +128,8 @@ def test_layouts_that_cannot_be_scored_are_refused_by_name(make, message, chats,
 
 
 def test_quantised_model_is_refused(olmo2, chats, tmp_path, capsys):
-    config = json.loads((olmo2 / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config = json.loads((olmo2 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "quantised" in refused(capsys, "--model", tmp_path, "--data", chats, "--out", tmp_path / "s")
 
@@ -137,7 +151,8 @@ def test_other_bad_input(olmo2, chats, tmp_path, capsys):
     assert "invalid choice" in refused(capsys, "--model", olmo2, "--data", chats, "--out", out, "--method", "best")
     assert "add --data" in refused(capsys, "--model", olmo2, "--out", out)
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(capsys, "--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude")
+    argv = ["--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude"]
+    assert "cannot be written" in refused(capsys, *argv)
     assert not out.exists()
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set-up, ruff and the fast tests; `bash tests/run.sh --slow` runs the slow ones as well. Other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./setup.sh requirements.txt data/requirements.txt tests/requirements.txt
+select=(-m "not slow")
+if [ "${1:-}" = --slow ]; then select=(); shift; fi
+ruff check
+python -m pytest -q -c tests/pytest.ini "${select[@]}" --durations=5 tests "$@"
