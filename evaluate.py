@@ -589,9 +589,13 @@ def evaluate(args):
     items_path = os.path.splitext(args.out)[0] + ".items.jsonl"
     done, todo, number = read_items(items_path, header), [], 0
     for (task, side, run), members in group(items, lambda item: key_of(item[0])[:3]).items():
-        room = args.max_new_tokens if task in ("mt", "chat") else 0
-        sizes = [len(prompt) + sum(map(len, parts)) + room for _, prompt, parts in members]
-        found = [[members[i] for i in batch] for batch in batches(sizes, args.batch_tokens)]
+        sizes, budget = [len(prompt) + sum(map(len, parts)) for _, prompt, parts in members], args.batch_tokens
+        if task in ("mt", "chat"):  # the beginning that all share is computed once, and so not counted
+            shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
+            sizes = [size - shared + args.max_new_tokens for size in sizes]
+        else:  # scoring makes logits at every token, generating only at one of each row
+            budget //= 4
+        found = [[members[i] for i in batch] for batch in batches(sizes, budget)]
         left = [(args.seed + run, i, b) for i, b in enumerate(found) if any(key_of(item[0]) not in done for item in b)]
         todo, number = todo + left, number + len(found)
         print(f"{task} {side} run {run}: {len(members)} items, {sum(sizes)} tokens with room for answers, {len(found)} batches")

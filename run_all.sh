@@ -14,7 +14,7 @@ case "${1:-}" in ne|ky|am|ha|ig) LANG_CODE=$1 ;; *)
 METHODS=${METHODS:-fft ssu-wanda}
 for method in $METHODS; do case $method in fft|ssu-wanda|ssu-mag|ssu-rand) ;; *)
     echo "run_all.sh: error: METHODS has $method: choose from fft ssu-wanda ssu-mag ssu-rand" >&2; exit 2 ;; esac; done
-RATIO=${RATIO:-0.5} STEPS=${STEPS:-48} SEED=${SEED:-42}
+RATIO=${RATIO:-0.5} STEPS=${STEPS:-32} SEED=${SEED:-42}
 DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model} RUN=${RUNS:-runs}/$LANG_CODE
 echo "profile: embedded (SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed); about 20 minutes on two cores"
 
@@ -53,8 +53,8 @@ for method in $METHODS; do
             --out "$out/mask.safetensors"
     fi
     stage "$out/model" "$target/train.jsonl ${mask[1]:+${mask[1]}.done}" python train.py --model "$MODEL" --data "$target/train.jsonl" \
-        "${mask[@]}" --out "$out" --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 1e-3 --seed "$SEED" \
-        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096 \
+        "${mask[@]}" --out "$out" --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 --seed "$SEED" \
+        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 8 --eval-tokens 4096 \
         --save-every 16
     stage "$out/eval.json" "$out/model.done $en/*.jsonl $target/*.jsonl" python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
 done

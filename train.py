@@ -11,8 +11,8 @@ the same command with --resume then goes on to the very bits (on a CPU) that a r
 
 Tiny, on a CPU:
     python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
-        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --steps 48 --batch-size 8 \
-        --micro-batch-size 8 --seq-len 128 --lr 1e-3
+        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --steps 32 --batch-size 8 \
+        --micro-batch-size 8 --seq-len 128 --lr 5e-4
 The paper's setting, on one GPU (fp32 weights, gradients and moments: 16 bytes a parameter):
     python train.py --model allenai/OLMo-2-1124-7B-Instruct --data ne.jsonl.gz \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --gradient-checkpointing --save-every 500
@@ -459,9 +459,9 @@ def train(args, model, masks, tokens, heldout, settings, start):
         seconds += time.perf_counter() - began
         if logged:
             bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-            record(done, loss=round(value, 6), grad_norm=round(norm.item(), 6), lr=lr, tokens=done * tokens_per_step,
-                   ms_per_step=round(1000 * seconds / (done - start)), peak_memory=peak_memory(device),
-                   tokens_per_second=round((done - start) * tokens_per_step / seconds))
+            record(done, loss=round(value, 6), grad_norm=round(norm.item(), 6) if torch.isfinite(norm) else None, lr=lr,
+                   tokens=done * tokens_per_step, ms_per_step=round(1000 * seconds / (done - start)),
+                   peak_memory=peak_memory(device), tokens_per_second=round((done - start) * tokens_per_step / seconds))
         if args.save_every and done % args.save_every == 0 and done < args.steps:
             save_checkpoint(checkpoint, done, model, optimizer, scaler, settings)
 

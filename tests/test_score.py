@@ -14,6 +14,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 import score
 
@@ -165,3 +166,29 @@ def test_text_and_parquet_rows(olmo2, tmp_path):
     tokens = [score.calibration_tokens(tmp_path / f"a.{kind}", AutoTokenizer.from_pretrained(olmo2), 3, 20, 0)
               for kind in ("parquet", "txt", "jsonl")]
     assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[1], tokens[2])
+
+
+def test_norm_probe_finds_what_the_weight_multiplies():
+    x = torch.randn(3, 5, 8)
+    layer_norm = torch.nn.LayerNorm(8)
+    torch.nn.init.normal_(layer_norm.weight)
+    torch.nn.init.normal_(layer_norm.bias)
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + layer_norm.eps).sqrt()
+    assert torch.allclose(score.norm_probe("n", layer_norm)(x), expected, atol=1e-5)
+    gemma = Gemma2RMSNorm(8)  # its output is (1 + weight) * normalised input
+    torch.nn.init.normal_(gemma.weight)
+    assert torch.allclose(score.norm_probe("n", gemma)(x), reference_rmsnorm(x, gemma.eps), atol=1e-5)
+
+
+def test_a_vector_that_is_no_norm_weight_is_refused(capsys):
+    class Squashed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return torch.tanh(self.weight * x)
+
+    with pytest.raises(SystemExit):
+        score.norm_probe("layer.scale", Squashed())
+    assert "layer.scale in Squashed: not a norm" in capsys.readouterr().err

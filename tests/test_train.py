@@ -377,4 +377,4 @@ def test_fp16_leaves_out_a_step_that_overflows(olmo2, mask, text, tmp_path):
     """The loss scale starts at 65,536: gradients overflow, the step is left out, decay included."""
     train.main(arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--precision", "fp16", "--weight-decay", "0.1"))
     norms = [line["grad_norm"] for line in log_of(tmp_path / "out") if line.get("step")]
-    assert norms[-1] == norms[-1] and norms[-1] < 100
+    assert norms[0] is None and None not in norms[-1:] and sum(norm is not None for norm in norms) > 10
