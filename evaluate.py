@@ -79,47 +79,46 @@ def fail(message):
 def read_rows(path, columns):
     """Rows of a jsonl file, each with a value in every column; where text is asked for, a chat in `messages` will do."""
     if not os.path.isfile(path):
-        fail(f"{path} does not exist: --data-dir names a folder with en/ and one folder for each target language")
+        fail(f"{path} does not exist: --data-dir names a folder with en/ and a folder for each target language")
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                chat = [(turn["role"], turn["content"] + "") for turn in row.get("messages") or ()]
-                lacking = [c for c in columns if row.get(c) in (None, "") and not (c == "text" and chat)]
+                turns = [(turn["role"], turn["content"] + "") for turn in row.get("messages") or ()]
             except ValueError as error:
                 fail(f"{path}: line {number} is not JSON ({error})")
             except (AttributeError, KeyError, TypeError):
                 fail(f"{path}: line {number} is not an object, or its `messages` are not {{role, content}} turns")
-            if lacking:
-                fail(f"{path}: line {number} has no `{lacking[0]}`")
-            if chat and [role for role, _ in chat[-2:]] != ["user", "assistant"]:
+            for column in columns:
+                if row.get(column) in (None, "") and not (column == "text" and turns):
+                    fail(f"{path}: line {number} has no `{column}`")
+            if turns and [role for role, _ in turns[-2:]] != ["user", "assistant"]:
                 fail(f"{path}: line {number}: `messages` must end with a user's turn and the assistant's answer")
-            if row.get("answer") not in ("A", "B", "C", "D") and "answer" in columns:
+            if "answer" in columns and row["answer"] not in ("A", "B", "C", "D"):
                 fail(f"{path}: line {number}: `answer` must be A, B, C or D, not {row['answer']!r}")
             rows.append(row)
     return rows or fail(f"{path} is empty")
 
 
 def read_data(folder, lang, tasks):
-    """Everything the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, sha256 of it all."""
-    flores = ("id", "eng_Latn", LANGUAGES[lang][1])
+    """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, and a sha256 of it all."""
+    data, digest, flores = {}, hashlib.sha256(), ("id", "eng_Latn", LANGUAGES[lang][1])
     columns = {"mmlu.test": ("sample_id", "subject", "question", *OPTIONS, "answer"),
                "flores.dev": flores, "flores.devtest": flores}
-    data, digest = {}, hashlib.sha256()
     for name in dict.fromkeys(name for task in tasks for name in TASKS[task]):
-        side, base = name.split("/")
-        path = os.path.join(folder, name.replace("LANG", lang) + ".jsonl")
+        path, base = os.path.join(folder, name.replace("LANG", lang) + ".jsonl"), name.split("/")[1]
         if base in ("prose", "news") and not os.path.exists(path):
             continue
-        data[f"{'source' if side == 'en' else 'target'}/{base}"] = read_rows(path, columns.get(base, ("text",)))
+        name = name.replace("en/", "source/").replace("LANG/", "target/")
+        data[name] = read_rows(path, columns.get(base, ("text",)))
         with open(path, "rb") as file:
             digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
     return data, digest.hexdigest()
 
 
 def find_model(name):
-    """(local folder of a Hugging Face checkpoint, sha256 over its files); the hub is asked for `owner/name` only."""
+    """(local folder of a Hugging Face checkpoint, sha256 of its files). The hub is asked for nothing but `owner/name`."""
     folder, kinds = os.path.expanduser(name), (".safetensors", ".json", ".jinja", ".model", ".txt")
     if not os.path.isdir(folder):
         if not re.fullmatch(r"[\w-]+/[\w.-]+", name) or os.path.isdir(name.split("/")[0]):
@@ -130,8 +129,9 @@ def find_model(name):
         except (OSError, ValueError) as error:
             fail(f"model {name} is not a local folder, and the hub did not give it: {error}")
     files, digest = sorted(f for f in os.listdir(folder) if f.endswith(kinds)), hashlib.sha256()
-    if "config.json" not in files or not any(f.endswith(".safetensors") for f in files):
-        fail(f"model {name} is not a checkpoint: it has no config.json or no *.safetensors")
+    for needed in ("config.json", "tokenizer_config.json", ".safetensors"):
+        if not any(f.endswith(needed) for f in files):
+            fail(f"model {name} is not a checkpoint that can be evaluated: it has no {needed}")
     for file_name in files:
         with open(os.path.join(folder, file_name), "rb") as file:
             digest.update(file_name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -152,48 +152,53 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def plan(data, tokenizer, lang, settings):
-    """Everything to ask: (record, prompt ids, [continuation ids, ...]), in a fixed order. The record is what is saved."""
-    def render(messages):  # up to where an answer would begin, or to the end of the one that is there
-        asked = messages[-1]["role"] != "assistant"
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+def render(tokenizer, messages):
+    """A chat as text, up to where an answer would begin, or to the end of the answer that is there."""
+    asked = messages[-1]["role"] != "assistant"
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
 
+
+def plan(data, tokenizer, lang, settings):
+    """Everything to ask, in a fixed order: (record to be saved, prompt ids, [continuation ids, ...] to score)."""
     def sample(rows):
         order = random.Random(settings["seed"]).sample(range(len(rows)), min(settings["num_samples"], len(rows)))
         return [rows[i] for i in sorted(order)]
 
-    # raw text starts with the beginning-of-text token, or with end-of-text where a model has only that
+    def record(task, side, name, domain, prompt, reference, **more):
+        return {"task": task, "side": side, "run": 0, "id": name, "domain": domain, "prompt": prompt,
+                "reference": reference} | more
+
+    # raw text follows the beginning-of-text token, or end-of-text where a model has only that
     start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     size, tasks = settings["max_length"], settings["tasks"]
-    for name in data if "bpb" in tasks else ():
-        side, base = name.split("/")
-        for number, row in enumerate(data[name], 1) if base in ("heldout", "prose", "news") else ():
-            prompt, text, scored, ids = "", row.get("text"), row.get("text"), start
-            if row.get("messages"):
-                prompt, scored = render(row["messages"][:-1]), row["messages"][-1]["content"]
-                whole = render(row["messages"])
-                if not whole.startswith(prompt):
-                    fail(f"{name}, row {number}: the chat template rewrites earlier turns, so no answer can be scored")
-                # what is scored ends with the end-of-turn token; the line break of some templates after it is not said
-                text, ids = whole[len(prompt):].rstrip(), encode(tokenizer, prompt)
-            # Windows of `size` tokens score each token once. Later ones see one token of context, as is usual.
-            tokens, ids = encode(tokenizer, text), ids[-(size // 2):]
-            cuts = [0, *range(size - len(ids), len(tokens), size - 1), len(tokens)]
-            for a, b in zip(cuts, cuts[1:], strict=False):
-                # bytes of text are what is said, without the end of turn; a document's are booked on its first window
-                yield {"task": "bpb", "side": side, "run": 0, "id": f"{base}:{number}:{a}", "set": base,
-                       "domain": row.get("domain"), "tokens": b - a, "bytes": 0 if a else len(scored.encode()),
-                       "prompt": None if a else prompt, "reference": None if a else text,
-                       }, tokens[a - 1:a] if a else ids, [tokens[a:b]]
+    texts = [name for name in data if name.split("/")[1] in ("heldout", "prose", "news")] if "bpb" in tasks else ()
+    for side, base, number, row in ((*name.split("/"), i, row) for name in texts for i, row in enumerate(data[name], 1)):
+        prompt, text, said, ids = "", row.get("text"), row.get("text"), start
+        if row.get("messages"):
+            said, prompt = row["messages"][-1]["content"], render(tokenizer, row["messages"][:-1])
+            whole = render(tokenizer, row["messages"])
+            if not whole.startswith(prompt):
+                fail(f"{side}/{base}, row {number}: the chat template rewrites earlier turns, so no answer can be scored")
+            # scored up to the end-of-turn token; the line break that some templates put after it is not said
+            text, ids = whole[len(prompt):].rstrip(), encode(tokenizer, prompt)
+        # Windows of `size` tokens that score each token once; all but the first see one token of context, as is usual.
+        # The bytes are those of what is said, without the end of turn; the first window counts them for the document.
+        tokens, ids = encode(tokenizer, text), ids[-(size // 2):]
+        cuts = [0, *range(size - len(ids), len(tokens), size - 1), len(tokens)]
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            yield (record("bpb", side, f"{base}:{number}:{a}", row.get("domain"), None if a else prompt, None if a else text,
+                          set=base, tokens=b - a, bytes=0 if a else len(said.encode())),
+                   tokens[a - 1:a] if a else ids, [tokens[a:b]])
     for side in ("source", "target") if "mcq" in tasks else ():
-        # Source: a chat, the option is the answer. Target: plain text, as the adapted model has seen nothing else of it.
+        # Source: a chat, of which the option is the answer. Target: plain text, as the adapted models have seen no other.
+        chat = side == "source"
         for row in sample(data[f"{side}/mmlu.test"]):
-            chat, options = side == "source", [str(row[option]) for option in OPTIONS]
-            prompt = render([{"role": "user", "content": row["question"]}]) if chat else row["question"]
-            yield {"task": "mcq", "side": side, "run": 0, "id": row["sample_id"], "domain": row["subject"],
-                   "shared_stem": row.get("shared_stem"), "prompt": prompt, "options": options,
-                   "reference": row["answer"],
-                   }, ([] if chat else start) + encode(tokenizer, prompt), [encode(tokenizer, o if chat else " " + o) for o in options]
+            prompt, options = row["question"], [str(row[option]) for option in OPTIONS]
+            prompt = render(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
+            yield (record("mcq", side, row["sample_id"], row["subject"], prompt, row["answer"], options=options,
+                          shared_stem=row.get("shared_stem")),
+                   ([] if chat else start) + encode(tokenizer, prompt),
+                   [encode(tokenizer, option if chat else " " + option) for option in options])
     if "mt" in tasks:
         if len(data["target/flores.dev"]) < settings["few_shots"]:
             fail(f"{lang}/flores.dev.jsonl has fewer rows than --few-shots {settings['few_shots']}")
@@ -201,18 +206,20 @@ def plan(data, tokenizer, lang, settings):
         name, code = LANGUAGES[lang]
         for side, template, origin, goal in (("source", TEMPLATES["en"][0], code, "eng_Latn"),
                                              ("target", TEMPLATES[lang][1], "eng_Latn", code)):
-            def ask(row, template=template, origin=origin):
-                return {"role": "user", "content": template.format(X=name, sentence=row[origin])}
-            examples = [turn for s in shots for turn in (ask(s), {"role": "assistant", "content": s[goal]})]
-            for run in range(settings["runs"]):
-                for row in sample(data["target/flores.devtest"]):
-                    prompt = render([*examples, ask(row)])
-                    yield {"task": "mt", "side": side, "run": run, "id": row["id"], "domain": row.get("domain"),
-                           "prompt": prompt, "reference": row[goal]}, encode(tokenizer, prompt), []
+            chat = []  # the few-shots, alike for all items, then the item
+            for row in shots + sample(data["target/flores.devtest"]):
+                chat.append({"role": "user", "content": template.format(X=name, sentence=row[origin])})
+                if len(chat) < 2 * len(shots):
+                    chat.append({"role": "assistant", "content": row[goal]})
+                    continue
+                prompt = render(tokenizer, chat)
+                chat.pop()
+                for run in range(settings["runs"]):
+                    yield (record("mt", side, row["id"], row.get("domain"), prompt, row[goal]) | {"run": run},
+                           encode(tokenizer, prompt), [])
     for number, question in enumerate(CHAT_PROMPTS) if "chat" in tasks else ():
-        prompt = render([{"role": "user", "content": question}])
-        yield {"task": "chat", "side": "source", "run": 0, "id": number, "question": question, "prompt": prompt,
-               "reference": None}, encode(tokenizer, prompt), []
+        prompt = render(tokenizer, [{"role": "user", "content": question}])
+        yield record("chat", "source", number, None, prompt, None, question=question), encode(tokenizer, prompt), []
 
 
 def batches(sizes, budget):
@@ -521,7 +528,7 @@ def arguments(argv):
     add("--data-dir", help="folder of the evaluation data")
     add("--out", help="eval.json to write; with --report, the folder of the report (default: the first run folder)")
     add("--tasks", type=task_names, default=list(TASKS), help="some of bpb,mcq,mt,chat (default: all)")
-    add("--num-samples", type=positive, default=500, help="items for each mt direction and mcq set (default: 500)")
+    add("--num-samples", type=positive, default=500, help="documents of each bpb file, items of each mcq set and mt direction (default: 500)")
     add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed+1, ... (default: 3)")
     add("--greedy", action="store_true", help="mt: one deterministic run, no sampling and no repetition penalty")
     add("--few-shots", type=int, choices=range(0, 21), metavar="N", default=3, help="mt examples (default: 3)")

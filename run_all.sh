@@ -37,7 +37,8 @@ if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
 fi
 if [ -d "$MODEL" ]; then MODEL_SHA256=$(cat "$MODEL"/*.safetensors | sha256sum); fi
 en=$DATA_DIR/en target=$DATA_DIR/$LANG_CODE
-evaluation="--lang $LANG_CODE --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 48"
+evaluation="--lang $LANG_CODE --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32"
+evaluation+=" --batch-tokens 16384 --dtype bfloat16"
 
 stage "$RUN/source/eval.json" "$en/*.jsonl $target/*.jsonl" python evaluate.py --model "$MODEL" \
     --out "$RUN/source/eval.json" $evaluation
@@ -54,7 +55,7 @@ for method in $METHODS; do
     fi
     stage "$out/model" "$target/train.jsonl ${mask[1]:+${mask[1]}.done}" python train.py --model "$MODEL" --data "$target/train.jsonl" \
         "${mask[@]}" --out "$out" --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 --seed "$SEED" \
-        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 8 --eval-tokens 4096 \
+        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096 \
         --save-every 16
     stage "$out/eval.json" "$out/model.done $en/*.jsonl $target/*.jsonl" python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
 done

@@ -1,0 +1,374 @@
+"""evaluate.py: every number against an independent one, an interrupted run against a whole one, and bad input."""
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, write_jsonl
+from sacrebleu.metrics import CHRF
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import evaluate
+
+WORDS = "river mill wheel capital Paris hills children rain house market".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An evaluation folder in miniature: every file, every optional column, text of several bytes a character."""
+    folder = tmp_path_factory.mktemp("data")
+    chats = [[{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": text}] for text in (*TEXT, "Çay — 5 €.")]
+    write_jsonl(folder / "en/heldout.jsonl", [{"messages": chat} for chat in chats])
+    write_jsonl(folder / "en/prose.jsonl", [{"text": " ".join(TEXT)}, {"text": TEXT[0]}])
+    write_jsonl(folder / "ne/heldout.jsonl", [{"text": TEXT[2], "domain": "udhr"}, {"text": TEXT[3] * 9, "domain": "cldr"}])
+    for lang, question in (("en", "Where do the {} run?"), ("ne", "नेपाल {} —")):
+        write_jsonl(folder / f"{lang}/mmlu.test.jsonl", [
+            {"sample_id": f"{lang}/{i}", "subject": "ab"[i % 2], "question": question.format(WORDS[i]), "answer": "ABCD"[i % 4],
+             "shared_stem": i % 3 == 0} | {o: WORDS[(i + j) % 10] * (j + 1) for j, o in enumerate(evaluate.OPTIONS)} for i in range(8)])
+    pairs = [{"id": i, "eng_Latn": f"The {word} is {i} years old.", "npi_Deva": f"{TEXT[3][:5 + 3 * i]} {i}", "domain": "xy"[i % 2]}
+             for i, word in enumerate(WORDS)]
+    write_jsonl(folder / "ne/flores.dev.jsonl", pairs[:4])
+    write_jsonl(folder / "ne/flores.devtest.jsonl", pairs[4:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(llama):
+    found = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    found.generation_config = GenerationConfig()
+    return found
+
+
+def run(model, data, out, *more):
+    """eval.json of a tiny evaluation."""
+    evaluate.main(["--model", str(model), "--lang", "ne", "--data-dir", str(data), "--out", str(out), "--device", "cpu", "--runs", "2",
+                   "--max-new-tokens", "8", "--max-length", "128", "--batch-tokens", "800", *map(str, more)])
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(llama, data, tmp_path_factory):
+    """(eval.json, items) of one uninterrupted run of everything."""
+    out = tmp_path_factory.mktemp("whole") / "eval.json"
+    return run(llama, data, out), [json.loads(line) for line in out.with_name("eval.items.jsonl").read_text().splitlines()[1:]]
+
+
+def reference_loglik(model, prompt, part):
+    """The sum of log p(token | all before) with nothing batched, padded, packed or cut, in float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + part])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(part))
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen2"])
+def test_loglik_equals_a_naive_float64_reference(kind, request):
+    double = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float64).eval()
+    single = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32).eval()
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return torch.randint(3, 300, (n,), generator=draw).tolist()
+    several = [(ids(n), [ids(k) for k in parts]) for n, parts in ((5, (1, 4, 2, 7)), (17, (3, 3)), (1, (2, 1, 1, 9)))]
+    alone = [(ids(n), [ids(k)]) for n, k in ((1, 30), (9, 1), (20, 12))]
+    for rows in (several, alone, several + alone):
+        for (prompt, parts), found in zip(rows, evaluate.loglik(single, rows), strict=True):
+            assert found == pytest.approx([reference_loglik(double, prompt, part) for part in parts], abs=2e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_padded_greedy_generation_equals_one_by_one(model, penalty):
+    """Also under a repetition penalty, which must not see the padding."""
+    prompts = [[1, 70, 80, 90] + list(range(100, 100 + n)) for n in (9, 1, 30, 14)] + [[1, 70, 80, 90, 33]]
+    alone = []
+    for prompt in prompts:
+        new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, eos_token_id=[2, 60],
+                             pad_token_id=2, do_sample=False, repetition_penalty=penalty)[0, len(prompt):].tolist()
+        alone.append(new)
+    sampling = {"do_sample": False, "repetition_penalty": penalty}
+    assert evaluate.generate(model, prompts, 12, [2, 60], sampling) == alone
+    assert evaluate.generate(model, [[5, *p] for p in prompts[:1]] + [[6, 9]], 3, [2], sampling)  # nothing shared
+    stop = alone[0][4]
+    cut = evaluate.generate(model, prompts, 12, [2, stop], sampling)[0]
+    assert cut == alone[0][:alone[0].index(stop) + 1]
+
+
+def test_chrf_equals_the_sacrebleu_command(whole, tmp_path):
+    found, items = whole
+    for side in ("source", "target"):
+        mt = found["results"]["mt"][side]
+        assert mt["n"] == 6 and len(mt["runs"]) == 2
+        for number, result in enumerate(mt["runs"]):
+            rows = [r for r in items if (r["task"], r["side"], r["run"]) == ("mt", side, number)]
+            (tmp_path / "hyp").write_text("".join(r["prediction"] + "\n" for r in rows))
+            (tmp_path / "ref").write_text("".join(r["reference"] + "\n" for r in rows))
+            command = [sys.executable, "-m", "sacrebleu", tmp_path / "ref", "-i", tmp_path / "hyp", "-m", "chrf", "--chrf-word-order", "2"]
+            corpus = subprocess.run([*command, "-b", "-w", "6"], capture_output=True, text=True, check=True).stdout
+            assert result["chrf_corpus"] == pytest.approx(float(corpus), abs=1e-6)
+            if (side, number) == ("source", 0):
+                lines = subprocess.run([*command, "-sl", "-w", "6"], capture_output=True, text=True, check=True).stdout.splitlines()
+                each = [float(re.search(r"= ([\d.]+)$", line).group(1)) for line in lines]
+                assert [r["scores"]["chrf"] for r in rows] == pytest.approx(each, abs=1e-6)
+                assert result["chrf"] == pytest.approx(sum(each) / len(each), abs=1e-6)
+        means = [result["chrf"] for result in mt["runs"]]
+        assert mt["chrf"] == pytest.approx(sum(means) / 2)
+        assert mt["sd_over_runs"] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
+        assert mt["signature"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no|version:")
+        assert mt["domains"]["x"]["n"] == mt["domains"]["y"]["n"] == 3
+        assert any(r["prediction"] for r in items if r["task"] == "mt")
+
+
+def test_mt_prompts_are_table_7_with_few_shots_and_one_bos(whole):
+    rows = [r for r in whole[1] if r["task"] == "mt" and r["id"] == 5]
+    source, target = (next(r["prompt"] for r in rows if r["side"] == side) for side in ("source", "target"))
+    assert source.count("<|im_start|>user\nTranslate Nepali to English: ") == 4 and source.count("<|im_start|>assistant\n") == 4
+    assert source.endswith(" 5 =<|im_end|>\n<|im_start|>assistant\n")
+    assert target.endswith("अङ्ग्रेजीलाई नेपालीमा अनुवाद गर्नुहोस्: The rain is 5 years old. =<|im_end|>\n<|im_start|>assistant\n".replace(
+        "rain", WORDS[5]))
+    assert [r["reference"] for r in rows[:1]] == [f"The {WORDS[5]} is 5 years old."]
+
+
+def test_bits_per_byte_by_hand(whole, model, llama, data):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    nats, size = 0.0, 0
+    for line in (data / "en/heldout.jsonl").read_text().splitlines():
+        user, answer = json.loads(line)["messages"]
+        prompt = f"<|im_start|>user\n{user['content']}<|im_end|>\n<|im_start|>assistant\n"
+        nats -= reference_loglik(model, encode(prompt), encode(answer["content"] + "<|im_end|>"))
+        size += len(answer["content"].encode("utf-8"))
+    found = whole[0]["results"]["bpb"]["source"]["heldout"]
+    assert (found["bytes"], found["documents"]) == (size, 6) and size > sum(map(len, TEXT))
+    assert found["bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    # a text is scored from its first token on, in windows that each see one token of what was before
+    text = TEXT[3] * 9
+    ids, nats = encode(text), 0.0
+    assert len(ids) > 130
+    for a in range(0, len(ids), 127):
+        nats -= reference_loglik(model, [ids[a - 1]] if a else [2], ids[a:a + 127])
+    found = whole[0]["results"]["bpb"]["target"]["heldout.cldr"]
+    assert (found["tokens"], found["bytes"], found["documents"]) == (len(ids), len(text.encode()), 1)
+    assert found["bpb"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert whole[0]["results"]["bpb"]["source"]["prose"]["bytes"] == len((" ".join(TEXT) + TEXT[0]).encode())
+
+
+def test_multiple_choice_by_hand(whole, model, llama, data):
+    tokenizer, letters = AutoTokenizer.from_pretrained(llama), {}
+    for side, lang in (("source", "en"), ("target", "ne")):
+        right = []
+        for line in (data / f"{lang}/mmlu.test.jsonl").read_text().splitlines():
+            row, per_byte = json.loads(line), []
+            for option in evaluate.OPTIONS:
+                prompt, text = row["question"], " " + row[option]
+                if side == "source":
+                    prompt, text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", row[option]
+                prompt_ids, ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, text))
+                per_byte.append(reference_loglik(model, prompt_ids if side == "source" else [2, *prompt_ids], ids) / len(row[option]))
+            letters[row["sample_id"]] = "ABCD"[max(range(4), key=per_byte.__getitem__)]
+            right.append((letters[row["sample_id"]] == row["answer"], row["subject"], row["shared_stem"]))
+        found = whole[0]["results"]["mcq"][side]
+        assert found["accuracy"] == sum(ok for ok, _, _ in right) / 8 and found["n"] == 8
+        assert found["subjects"]["a"]["accuracy"] == sum(ok for ok, subject, _ in right if subject == "a") / 4
+        assert (found["without_shared_stem"]["accuracy"], found["without_shared_stem"]["n"]) == (
+            sum(ok for ok, _, stem in right if not stem) / 5, 5)
+        assert 0 <= found["interval95"][0] < found["accuracy"] + 1e-9 < found["interval95"][1] + 1e-9 <= 1 + 1e-9
+    assert {r["id"]: r["prediction"] for r in whole[1] if r["task"] == "mcq"} == letters
+    assert len(set(letters.values())) > 1
+
+
+def test_wilson_interval():
+    found = evaluate.accuracy([{"scores": {"correct": i < 7}} for i in range(10)])
+    assert found["interval95"] == pytest.approx([0.3968, 0.8922], abs=1e-4)  # as in statsmodels, proportion_confint(7, 10)
+
+
+def test_chat_scores():
+    odds = evaluate.english_odds(["the cat sat on the mat and the dog ran"], ["बिरालो चटाईमा बस्यो", "kuka da kare suna gudu"])
+    found = evaluate.chat_scores("The cat sat. बिरालो the cat sat बिरालो", odds)
+    assert found["english_letters"] == 18 and found["letters"] == 18 + 2 * len("बिरालो")
+    assert evaluate.chat_scores("a b c d a b c d e", odds)["repetition"] == pytest.approx(1 / 6)
+    assert evaluate.chat_scores("7 !", odds) == {"repetition": 0.0, "letters": 0, "english_letters": 0}
+
+
+def test_chat_answers_are_saved(whole):
+    chat = whole[0]["results"]["chat"]
+    assert chat["n"] == len(chat["answers"]) == len(evaluate.CHAT_PROMPTS)
+    assert chat["answers"][0]["prompt"] == evaluate.CHAT_PROMPTS[0] and {"answer", "stopped", "repetition"} <= chat["answers"][0].keys()
+    assert chat["stop_rate"] == sum(a["stopped"] for a in chat["answers"]) / chat["n"]
+
+
+def test_batches_do_not_exceed_the_budget_nor_lose_an_item():
+    sizes = [5, 30, 7, 7, 100, 1, 12, 30]
+    found = evaluate.batches(sizes, 60)
+    assert sorted(sum(found, [])) == list(range(8)) and found[0] == [4]
+    assert all(len(b) == 1 or len(b) * max(sizes[i] for i in b) <= 60 for b in found)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_killed_run_goes_on_to_the_same_results(llama, data, whole, tmp_path, monkeypatch, after):
+    out, items, done = tmp_path / "r/eval.json", tmp_path / "r/eval.items.jsonl", []
+    right = evaluate.generate
+
+    def killed(*arguments):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return right(*arguments)
+    monkeypatch.setattr(evaluate, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, data, out)
+    assert not out.exists()
+    lines = items.read_bytes().splitlines(keepends=True)
+    assert 1 < len(lines) < len(whole[1]) + 1
+    items.write_bytes(b"".join(lines[:-1]) + lines[-1][:-20])  # as kill -9 leaves it: in the middle of a line
+    monkeypatch.setattr(evaluate, "generate", right)
+    again = run(llama, data, out)
+    assert json.dumps(again["results"]) == json.dumps(whole[0]["results"]) and again["settings"] == whole[0]["settings"]
+    assert [json.loads(line) for line in items.read_text().splitlines()[1:]] == whole[1]
+    # all done: nothing is asked again, not even the model is loaded; with other settings, everything is
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert run(llama, data, out)["results"] == whole[0]["results"]
+    with pytest.raises(TypeError):
+        run(llama, data, out, "--seed", 1)
+
+
+def test_seeds_and_greedy(llama, data, whole, tmp_path):
+    def answers(*more):
+        run(llama, data, tmp_path / "eval.json", "--tasks", "mt", *more)
+        lines = (tmp_path / "eval.items.jsonl").read_text().splitlines()[1:]
+        return {(r["side"], r["run"], r["id"]): r["prediction"] for r in map(json.loads, lines)}
+    first = answers()
+    assert first == {(r["side"], r["run"], r["id"]): r["prediction"] for r in whole[1] if r["task"] == "mt"}
+    assert [first["source", 0, i] for i in range(4, 10)] != [first["source", 1, i] for i in range(4, 10)]
+    greedy = answers("--greedy", "--num-samples", 3)
+    assert len(greedy) == 6 and {run for _, run, _ in greedy} == {0}
+
+
+def fails(capsys, *argv):
+    """The one line of an error that exits with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(list(map(str, argv)))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("evaluate.py: error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("change, message", [
+    (("--lang", "de"), "argument --lang: invalid choice"), (("--tasks", "bpb,sums"), "argument --tasks"),
+    (("--num-samples", 0), "whole number above 0"), (("--model", "no/such/model"), "model no/such/model does not exist"),
+    (("--model", "runs"), "model runs does not exist"), (("--few-shots", 9), "fewer rows than --few-shots 9"),
+    (("--out", "/dev/null/x/eval.json"), "/dev/null"), (("--data-dir", "nowhere"), "nowhere/en/heldout.jsonl does not exist"),
+])
+def test_bad_arguments(llama, data, tmp_path, capsys, change, message):
+    argv = {"--model": llama, "--lang": "ne", "--data-dir": data, "--out": tmp_path / "runs/eval.json"} | {change[0]: change[1]}
+    assert message in fails(capsys, *(x for pair in argv.items() for x in pair), "--device", "cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+GOOD = {"id": 1, "eng_Latn": "a", "npi_Deva": "b"}
+CHOICE = {"sample_id": 1, "subject": "a", "question": "q", "option_a": "1", "option_b": "2", "option_c": "3", "option_d": "4", "answer": "A"}
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("en/heldout", "", "heldout.jsonl is empty"), ("en/heldout", '{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
+    ("ne/heldout", b'{"text": "\xff"}\n', "line 1 is not JSON"), ("ne/heldout", '{"txt": "a"}\n', "line 1 has no `text`"),
+    ("en/heldout", '{"messages": [{"role": "user", "content": "a"}]}', "must end with a user's turn and the assistant's answer"),
+    ("en/heldout", '{"messages": ["a"]}', "line 1 is not an object"), ("ne/heldout", "[1]\n", "line 1 is not an object"),
+    ("ne/flores.devtest", json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"npi_Deva": ""}), "line 2 has no `npi_Deva`"),
+    ("ne/flores.devtest", (json.dumps(GOOD) + "\n") * 2, "two items have the same id"),
+    ("ne/mmlu.test", json.dumps({k: v for k, v in CHOICE.items() if k != "option_c"}), "line 1 has no `option_c`"),
+    ("en/mmlu.test", json.dumps(CHOICE | {"answer": "E"}), "line 1: `answer` must be A, B, C or D, not 'E'"),
+])
+def test_bad_data(llama, data, tmp_path, capsys, file, content, message):
+    for path in data.rglob("*.jsonl"):
+        copy = tmp_path / "data" / path.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (tmp_path / f"data/{file}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    argv = ("--model", llama, "--lang", "ne", "--data-dir", tmp_path / "data", "--out", tmp_path / "runs/eval.json")
+    assert message in fails(capsys, *argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_full_disk(llama, data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "eval.json"
+    run(llama, data, out, "--tasks", "chat")
+    before = out.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in fails(capsys, "--model", llama, "--lang", "ne", "--data-dir", data, "--out", out, "--tasks", "chat")
+    assert out.read_bytes() == before
+
+
+def evaluation(folder, method, chat, target, mt, seed=42, **settings):
+    """A hand-made eval.json."""
+    content = {"format": "ssu-eval", "version": 1, "model": f"{folder}/{method}/model", "lang": "ne", "versions": {"torch": "2"},
+               "settings": {"tasks": ["bpb", "mt", "chat"], "seed": seed, "model_sha256": method, "data_sha256": "d"} | settings,
+               "device": "cpu", "git_commit": "c0ffee", "seconds": 1, "results": {
+                   "bpb": {"source": {"heldout": {"bpb": chat, "tokens": 9, "documents": 3}},
+                           "target": {"heldout": {"bpb": target, "tokens": 8, "documents": 2}}},
+                   "mt": {"source": {"chrf": mt, "n": 5}, "target": {"chrf": 2 * mt, "n": 5}},
+                   "chat": {"stop_rate": 1.0, "repetition": 0.0, "english_share": 0.5, "n": 6,
+                            "answers": [{"prompt": "Why?", "answer": f"Because of {method}."}]}}}
+    path = folder / method / "eval.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_report_of_one_run(tmp_path, capsys):
+    for method, chat, target, mt in (("source", 1.0, 2.0, 20.0), ("ssu-wanda", 1.1, 1.0, 19.0), ("fft", 2.0, 1.25, 10.0), ("my", 3, 3, 3)):
+        evaluation(tmp_path, method, chat, target, mt)
+    evaluate.main(["--report", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [row[0] for row in table] == ["English", "-" * 9, "Source", "FFT", "SSU-Wanda", "my"] + [
+        "Nepali", "-" * 9, "Source", "FFT", "SSU-Wanda", "my"] or [row[0].strip("-") for row in table] == [
+        "English", "", "Source", "FFT", "SSU-Wanda", "my", "Nepali", "", "Source", "FFT", "SSU-Wanda", "my"]
+    assert table[0][1:] == ["chat bpb ↓", "MT X→en chrF++ ↑", "stop rate ↑", "repetition ↓", "English share ↑"]
+    assert table[2][1:3] == ["1.000 (+0.0%)", "20.00 (+0.0%)"] and table[3][1:3] == ["2.000 (+100.0%)", "10.00 (-50.0%)"]
+    assert table[4][1:] == ["1.100 (+10.0%)", "19.00 (-5.0%)", "1.00 (+0.0%)", "0.00", "0.50 (+0.0%)"]
+    assert table[10][1:] == ["1.000 (-50.0%)", "38.00 (-5.0%)"]
+    assert "> Why?" in text and "**SSU-Wanda:** Because of ssu-wanda." in text
+    assert "3 documents, 9 tokens" in text and "c0ffee" in text
+
+
+def test_report_of_several_seeds(tmp_path):
+    for seed, chat, target in ((1, 1.1, 1.0), (2, 1.3, 1.2), (3, 1.2, 0.8)):
+        evaluation(tmp_path / str(seed), "source", 1.0, 2.0, 20.0, seed=seed)
+        evaluation(tmp_path / str(seed), "ssu-wanda", chat, target, 10.0 + seed, seed=seed)
+    evaluate.main(["--report", *(str(tmp_path / s) for s in "123"), "--out", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "1.200 ± 0.100 (+20.0%)" in text and "1.000 ± 0.200 (-50.0%)" in text and "12.00 ± 1.00 (-40.0%)" in text
+    assert "Seeds: 1, 2, 3." in text and "standard deviation" in text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):
+    assert "source/eval.json is missing" in fails(capsys, "--report", tmp_path)
+    evaluation(tmp_path, "fft", 1.0, 1.0, 1.0)
+    assert "source/eval.json is missing" in fails(capsys, "--report", tmp_path)
+    evaluation(tmp_path, "source", 1.0, 1.0, 1.0)
+    evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, num_samples=3)
+    assert "differ in num_samples" in fails(capsys, "--report", tmp_path)
+    evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, seed=3)
+    assert "differ in seed" in fails(capsys, "--report", tmp_path)
+    (tmp_path / "ssu-mag/eval.json").write_text("{}")
+    assert "ssu-mag/eval.json cannot be read" in fails(capsys, "--report", tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_report_does_not_import_torch(tmp_path):
+    evaluation(tmp_path, "source", 1.0, 2.0, 20.0)
+    code = "import sys, evaluate; sys.modules['matplotlib'] = None; evaluate.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, "--report", tmp_path], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "pip install matplotlib" in done.stdout and not (tmp_path / "report.png").exists()
