@@ -172,7 +172,7 @@ def plan(data, tokenizer, lang, settings):
     start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     size, tasks = settings["max_length"], settings["tasks"]
     texts = [name for name in data if name.split("/")[1] in ("heldout", "prose", "news")] if "bpb" in tasks else ()
-    for side, base, number, row in ((*name.split("/"), i, row) for name in texts for i, row in enumerate(data[name], 1)):
+    for side, base, number, row in ((*name.split("/"), i, row) for name in texts for i, row in enumerate(sample(data[name]), 1)):
         prompt, text, said, ids = "", row.get("text"), row.get("text"), start
         if row.get("messages"):
             said, prompt = row["messages"][-1]["content"], render(tokenizer, row["messages"][:-1])
