@@ -77,7 +77,7 @@ def fail(message):
 
 
 def read_rows(path, columns):
-    """Rows of a jsonl file, each with a value in every column; where text is asked for, a chat in `messages` will do."""
+    """Rows of a jsonl file, each with a value in every column; a chat in `messages` may stand in for `text`."""
     if not os.path.isfile(path):
         fail(f"{path} does not exist: --data-dir names a folder with en/ and a folder for each target language")
     rows = []
@@ -102,7 +102,7 @@ def read_rows(path, columns):
 
 
 def read_data(folder, lang, tasks):
-    """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, and a sha256 of it all."""
+    """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, sha256 of it all."""
     data, digest, flores = {}, hashlib.sha256(), ("id", "eng_Latn", LANGUAGES[lang][1])
     columns = {"mmlu.test": ("sample_id", "subject", "question", *OPTIONS, "answer"),
                "flores.dev": flores, "flores.devtest": flores}
@@ -118,7 +118,7 @@ def read_data(folder, lang, tasks):
 
 
 def find_model(name):
-    """(local folder of a Hugging Face checkpoint, sha256 of its files). The hub is asked for nothing but `owner/name`."""
+    """(local folder of a Hugging Face checkpoint, sha256 of its files); the hub is asked for `owner/name` alone."""
     folder, kinds = os.path.expanduser(name), (".safetensors", ".json", ".jinja", ".model", ".txt")
     if not os.path.isdir(folder):
         if not re.fullmatch(r"[\w-]+/[\w.-]+", name) or os.path.isdir(name.split("/")[0]):
@@ -171,14 +171,15 @@ def plan(data, tokenizer, lang, settings):
     # raw text follows the beginning-of-text token, or end-of-text where a model has only that
     start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     size, tasks = settings["max_length"], settings["tasks"]
-    texts = [name for name in data if name.split("/")[1] in ("heldout", "prose", "news")] if "bpb" in tasks else ()
-    for side, base, number, row in ((*name.split("/"), i, row) for name in texts for i, row in enumerate(sample(data[name]), 1)):
+    texts = [(*name.split("/"), i, row) for name, rows in data.items() if name.endswith(("heldout", "prose", "news"))
+             for i, row in sample([*enumerate(rows, 1)])]
+    for side, base, number, row in texts if "bpb" in tasks else ():
         prompt, text, said, ids = "", row.get("text"), row.get("text"), start
         if row.get("messages"):
             said, prompt = row["messages"][-1]["content"], render(tokenizer, row["messages"][:-1])
             whole = render(tokenizer, row["messages"])
             if not whole.startswith(prompt):
-                fail(f"{side}/{base}, row {number}: the chat template rewrites earlier turns, so no answer can be scored")
+                fail(f"{side}/{base}, line {number}: the chat template rewrites earlier turns, no answer can be scored")
             # scored up to the end-of-turn token; the line break that some templates put after it is not said
             text, ids = whole[len(prompt):].rstrip(), encode(tokenizer, prompt)
         # Windows of `size` tokens that score each token once; all but the first see one token of context, as is usual.
@@ -186,11 +187,11 @@ def plan(data, tokenizer, lang, settings):
         tokens, ids = encode(tokenizer, text), ids[-(size // 2):]
         cuts = [0, *range(size - len(ids), len(tokens), size - 1), len(tokens)]
         for a, b in zip(cuts, cuts[1:], strict=False):
-            yield (record("bpb", side, f"{base}:{number}:{a}", row.get("domain"), None if a else prompt, None if a else text,
-                          set=base, tokens=b - a, bytes=0 if a else len(said.encode())),
+            yield (record("bpb", side, f"{base}:{number}:{a}", row.get("domain"), prompt if a == 0 else None,
+                          text if a == 0 else None, set=base, tokens=b - a, bytes=len(said.encode()) if a == 0 else 0),
                    tokens[a - 1:a] if a else ids, [tokens[a:b]])
     for side in ("source", "target") if "mcq" in tasks else ():
-        # Source: a chat, of which the option is the answer. Target: plain text, as the adapted models have seen no other.
+        # Source: a chat with the option as its answer. Target: plain text, all that an adapted model has seen of it.
         chat = side == "source"
         for row in sample(data[f"{side}/mmlu.test"]):
             prompt, options = row["question"], [str(row[option]) for option in OPTIONS]
@@ -223,8 +224,8 @@ def plan(data, tokenizer, lang, settings):
 
 
 def batches(sizes, budget):
-    """Indices in batches of at most `budget` tokens with padding, longest first: like lengths share a batch, and a budget
-    too large for the memory shows at once. Nothing else decides, so that a resumed run meets the same batches."""
+    """Indices in batches of at most `budget` tokens with padding, longest first: like lengths share a batch, and a
+    budget too large for the memory shows at once. Nothing else decides: a resumed run meets the same batches."""
     found = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if found and (len(found[-1]) + 1) * sizes[found[-1][0]] <= budget:
@@ -235,88 +236,94 @@ def batches(sizes, budget):
 
 
 def loglik(model, rows):
-    """Log-likelihood in nats, summed over its tokens, of each continuation: [(prompt ids, [ids, ...]), ...] -> [[float, ...], ...]
+    """Summed log-likelihood, in nats, of each continuation: [(prompt ids, [ids, ...]), ...] -> [[float, ...], ...].
 
-    A row is [pad | prompt | continuation 1 | continuation 2 | ...], and every continuation sees the prompt and itself, at the
-    positions it would have alone: the options of a question cost one pass over the question. The padding is on the left because
-    then what is scored stands last in each row, and logits_to_keep spares the rest the output matrix, in any architecture.
+    A row is [pad | prompt | continuation 1 | continuation 2 | ...]; a continuation sees the prompt and itself, at the
+    positions it would have alone, so that all options of a question cost one pass over the question. The padding is on
+    the left because what is scored then stands last in every row: logits_to_keep spares the rest the output matrix, and
+    the logits are the model's own, with whatever scaling or capping its architecture has.
     """
     import torch
-    length = max(len(prompt) + sum(map(len, parts)) for prompt, parts in rows)
-    keep = 1 + max(sum(map(len, parts)) for _, parts in rows)  # the last token of the prompt predicts, too
+    scored = [sum(map(len, parts)) for _, parts in rows]
+    length, keep = max(len(prompt) + n for (prompt, _), n in zip(rows, scored, strict=True)), 1 + max(scored)
     ids, position = torch.zeros(2, len(rows), length, dtype=torch.long)  # each [rows, length]
     segment = torch.full((len(rows), length), -1)  # -1 padding, 0 prompt, 1... continuations
     for r, (prompt, parts) in enumerate(rows):
-        at = length - len(prompt) - sum(map(len, parts))
+        at = length - len(prompt) - scored[r]
         ids[r, at:] = torch.tensor(prompt + sum(parts, []))
-        position[r, at:] = torch.tensor([*range(len(prompt)), *(len(prompt) + j for p in parts for j in range(len(p)))])
+        position[r, at:] = torch.tensor([*range(len(prompt)), *(len(prompt) + i for p in parts for i in range(len(p)))])
         segment[r, at:] = torch.tensor([0] * len(prompt) + [k for k, part in enumerate(parts, 1) for _ in part])
     if all(len(parts) == 1 for _, parts in rows):
-        mask = (segment >= 0).long()  # ordinary causal attention: left to the model, sliding windows included
+        mask = (segment >= 0).long()  # ordinary attention: left to the model, sliding windows included
     else:
         query, key = segment[:, None, :, None], segment[:, None, None, :]
-        seen = ((query == key) | (key == 0)).tril()  # [rows, 1, query, key]; padding sees padding, no softmax is empty
+        seen = ((query == key) | (key == 0)).tril()  # [rows, 1, query, key]; padding sees padding: no empty softmax
         mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
     ids, mask, position = (x.to(model.device) for x in (ids, mask, position))
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False,
                        logits_to_keep=keep).logits  # [rows, keep, vocabulary]
         result = []
-        for r, (_, parts) in enumerate(rows):
-            ends = [keep - sum(map(len, parts[k:])) for k in range(len(parts) + 1)]  # of prompt and continuations, in `logits`
-            # a token is predicted by the one before it, the first of each continuation by the prompt's last
-            by = [i for a, b in zip(ends, ends[1:], strict=False) for i in [ends[0] - 1, *range(a, b - 1)]]
-            token = torch.tensor(sum(parts, []), device=logits.device)
-            picked = logits[r, by].float().log_softmax(-1).gather(1, token[:, None])[:, 0].double()  # [tokens]
+        for (_, parts), n in zip(rows, scored, strict=True):
+            first = keep - n  # where in `logits` the first continuation begins
+            # a token is predicted by the one before it, the first token of each continuation by the prompt's last one
+            by, at = [], first
+            for part in parts:
+                by, at = [*by, first - 1, *range(at, at + len(part) - 1)], at + len(part)
+            token = torch.tensor(sum(parts, []), device=logits.device)[:, None]
+            picked = logits[len(result), by].float().log_softmax(-1).gather(1, token)[:, 0].double()  # [n]
             result.append([float(part.sum()) for part in picked.split([len(part) for part in parts])])
     return result
 
 
 def generate(model, prompts, max_new_tokens, stop_ids, sampling):
-    """New token ids for each prompt, up to and including the first of `stop_ids`; greedy where `sampling` is empty.
+    """New token ids after each prompt, up to and including the first of `stop_ids`.
 
-    What all prompts begin with (system turn, few-shots) is computed once. The padding stands between it and the rest, masked,
-    and repeats the prompt's first token: the repetition penalty then counts the same tokens as without padding.
+    What all prompts begin with (system turn, few-shots) is computed once. The padding stands between that and the
+    rest, masked, and repeats the first token: the repetition penalty then counts what it counts without padding.
     """
     import torch
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     length = max(map(len, prompts))
-    ids = torch.tensor([p[:shared] + p[:1] * (length - len(p)) + p[shared:] for p in prompts], device=model.device)
+    ids = torch.tensor([p[:shared] + p[:1] * (length - len(p)) + p[shared:] for p in prompts])  # [prompts, length]
     mask = torch.tensor([[1] * shared + [0] * (length - len(p)) + [1] * (len(p) - shared) for p in prompts])
+    ids, mask, cache = ids.to(model.device), mask.to(model.device), None
     with torch.inference_mode():
-        cache = None
         if shared:
             cache = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(len(prompts))
-        new = model.generate(ids, attention_mask=mask.to(model.device), past_key_values=cache, eos_token_id=stop_ids,
-                             pad_token_id=stop_ids[0], max_new_tokens=max_new_tokens, **sampling)[:, length:].tolist()
+        new = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens,
+                             eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling)[:, length:].tolist()
     ends = [next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer)) for answer in new]
     return [answer[:end] for answer, end in zip(new, ends, strict=True)]
 
 
 def trigrams(text):
-    """[(word, its character trigrams), ...]: a word is lower-case letters with the marks that belong to them."""
+    """[(word, its character trigrams), ...]; a word is lower-case letters with the marks that belong to them."""
     found = ("".join(c for c in word if unicodedata.category(c)[0] in "LM") for word in text.lower().split())
     return [(word, [f" {word} "[i:i + 3] for i in range(len(word))]) for word in found if word]
 
 
-def english_odds(english, target):
-    """Naive Bayes, add-one smoothed: {trigram: log-odds of English against the target language} from two lists of texts."""
-    a, b = (Counter(g for t in texts for _, grams in trigrams(t) for g in grams) for texts in (english, target))
-    prior = math.log((b.total() + len(a | b)) / (a.total() + len(a | b)))
-    return {gram: math.log((a[gram] + 1) / (b[gram] + 1)) + prior for gram in a | b}
+def english_odds(data):
+    """Naive Bayes, add-one smoothed, from the held-out texts: {trigram: log-odds of English against the target}."""
+    counts = [Counter(gram for row in data[f"{side}/heldout"]
+                      for text in ([turn["content"] for turn in row.get("messages") or ()] or [row["text"]])
+                      for _, grams in trigrams(text) for gram in grams) for side in ("source", "target")]
+    english, target = counts
+    prior = math.log((target.total() + len(english | target)) / (english.total() + len(english | target)))
+    return {gram: math.log((english[gram] + 1) / (target[gram] + 1)) + prior for gram in english | target}
 
 
 def chat_scores(text, odds):
-    """Repeats among the word 4-grams, and letters in words more likely English than target: a rough measure, as names fall on
-    either side and no third language is known; trigrams seen in neither count for nothing."""
+    """Repeats among the word 4-grams, and letters in words more likely English than target. That is a rough measure: a
+    name may fall on either side, a third language is not known, and a trigram in neither text counts nothing."""
     grams = list(zip(*(text.split()[i:] for i in range(4)), strict=False))
-    found = trigrams(text)
-    return {"repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0, "letters": sum(len(w) for w, _ in found),
-            "english_letters": sum(len(w) for w, grams in found if sum(odds.get(g, 0.0) for g in grams) > 0)}
+    return {"repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
+            "letters": sum(len(word) for word, _ in trigrams(text)),
+            "english_letters": sum(len(w) for w, found in trigrams(text) if sum(odds.get(g, 0.0) for g in found) > 0)}
 
 
-def score(record, answer, tokenizer, ends, odds):
+def score(record, answer, tokenizer, end_ids, odds):
     """The record with `prediction` and `scores`; answer: log-likelihoods (bpb, mcq) or new token ids (mt, chat)."""
     if record["task"] == "bpb":
         return record | {"prediction": None, "scores": {"nats": -answer[0]}}
@@ -324,27 +331,13 @@ def score(record, answer, tokenizer, ends, odds):
         per_byte = [nats / len(option.encode()) for nats, option in zip(answer, record["options"], strict=True)]
         best = "ABCD"[per_byte.index(max(per_byte))]
         return record | {"prediction": best, "scores": {"correct": best == record["reference"], "loglik": answer}}
-    text, scores = tokenizer.decode(answer, skip_special_tokens=True), {"stopped": answer[-1] in ends}
+    text, stopped = tokenizer.decode(answer, skip_special_tokens=True), answer[-1] in end_ids
     if record["task"] == "chat":
-        return record | {"prediction": text.strip(), "scores": scores | chat_scores(text, odds)}
+        return record | {"prediction": text.strip(), "scores": {"stopped": stopped} | chat_scores(text, odds)}
     from sacrebleu.metrics import CHRF
     text = text.split("\n")[0].strip()
-    scores["chrf"] = CHRF(word_order=2).sentence_score(text, [record["reference"]]).score
-    return record | {"prediction": text, "scores": scores}
-
-
-def accuracy(records):
-    """With Wilson's 95% interval, which stays honest for few items and near 0 and 1."""
-    n, p = len(records), statistics.fmean(r["scores"]["correct"] for r in records)
-    half, z2 = 1.96 * math.sqrt(p * (1 - p) / n + 1.96**2 / (4 * n * n)), 1.96**2 / n
-    return {"accuracy": p, "n": n, "interval95": [(p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1)]}
-
-
-def bits_per_byte(records):
-    nats = math.fsum(r["scores"]["nats"] for r in records)
-    tokens, size = sum(r["tokens"] for r in records), sum(r["bytes"] for r in records)
-    return {"bpb": nats / math.log(2) / size, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
-            "documents": sum(r["bytes"] > 0 for r in records)}
+    chrf = CHRF(word_order=2).sentence_score(text, [record["reference"]]).score
+    return record | {"prediction": text, "scores": {"stopped": stopped, "chrf": chrf}}
 
 
 def group(records, key):
@@ -354,135 +347,144 @@ def group(records, key):
     return found
 
 
+def bits_per_byte(records):
+    nats = math.fsum(r["scores"]["nats"] for r in records)
+    tokens, size = sum(r["tokens"] for r in records), sum(r["bytes"] for r in records)
+    return {"bpb": nats / math.log(2) / size, "nats_per_token": nats / tokens, "tokens": tokens, "bytes": size,
+            "documents": sum(r["bytes"] > 0 for r in records)}
+
+
+def accuracy(records):
+    """With Wilson's 95% interval, which stays honest for few items and near 0 and 1."""
+    n, p, z2 = len(records), statistics.fmean(r["scores"]["correct"] for r in records), 1.96**2
+    half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return {"accuracy": p, "n": n, "interval95": [(p + z2 / (2 * n) + d) / (1 + z2 / n) for d in (-half, half)]}
+
+
 def chrf_mean(records):
     return statistics.fmean(r["scores"]["chrf"] for r in records)
 
 
-def summarise(records):
-    """`results` of eval.json from all finished records."""
+def chrf_scores(records):
+    """chrF++ as the mean over sentences (the authors' figure; its interval is over sentences) and over the corpus."""
     from sacrebleu.metrics import CHRF
+    metric, runs = CHRF(word_order=2), list(group(records, lambda r: r["run"]).values())
+    corpus = [metric.corpus_score([r["prediction"] for r in run], [[r["reference"] for r in run]]).score
+              for run in runs]
+    means, items = [chrf_mean(run) for run in runs], [chrf_mean(i) for i in group(records, lambda r: r["id"]).values()]
+    half = 1.96 * statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else 0.0
+    mean, domains = statistics.fmean(means), group([r for r in records if r["domain"]], lambda r: r["domain"])
+    return {"chrf": mean, "interval95": [mean - half, mean + half], "chrf_corpus": statistics.fmean(corpus),
+            "sd_over_runs": statistics.stdev(means) if len(means) > 1 else 0.0, "n": len(items),
+            "runs": [{"chrf": m, "chrf_corpus": c} for m, c in zip(means, corpus, strict=True)],
+            "domains": {name: {"chrf": chrf_mean(rs), "n": len(rs) // len(runs)} for name, rs in domains.items()},
+            "signature": str(metric.get_signature())}
+
+
+def summarise(records):
+    """`results` of eval.json from all the records."""
     results = {}
     for (task, side), chosen in group(records, lambda r: (r["task"], r["side"])).items():
-        domains = {name: members for name, members in group(chosen, lambda r: r.get("domain")).items() if name}
+        scores, within = [r["scores"] for r in chosen], [r for r in chosen if r["domain"]]
         if task == "bpb":
-            sets = group(chosen, lambda r: r["set"]) | group([r for r in chosen if r["domain"]],
-                                                             lambda r: f"{r['set']}.{r['domain']}")
-            found = {name: bits_per_byte(members) for name, members in sets.items()}
+            sets = group(chosen, lambda r: r["set"]) | group(within, lambda r: f"{r['set']}.{r['domain']}")
+            results.setdefault(task, {})[side] = {name: bits_per_byte(rs) for name, rs in sets.items()}
         elif task == "mcq":
-            found = accuracy(chosen) | {"subjects": {name: accuracy(members) for name, members in domains.items()}}
             apart = [r for r in chosen if r["shared_stem"] is False]
-            found |= {"without_shared_stem": accuracy(apart)} if apart else {}
+            results.setdefault(task, {})[side] = accuracy(chosen) | {
+                "subjects": {name: accuracy(rs) for name, rs in group(within, lambda r: r["domain"]).items()},
+                **({"without_shared_stem": accuracy(apart)} if apart else {})}
         elif task == "mt":
-            metric, runs = CHRF(word_order=2), group(chosen, lambda r: r["run"]).values()
-            each = [{"chrf": chrf_mean(run), "chrf_corpus": metric.corpus_score(
-                [r["prediction"] for r in run], [[r["reference"] for r in run]]).score} for run in runs]
-            means = [chrf_mean(same) for same in group(chosen, lambda r: r["id"]).values()]
-            half = 1.96 * statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-            found = {"chrf": chrf_mean(chosen), "chrf_corpus": statistics.fmean(run["chrf_corpus"] for run in each),
-                     "interval95": [chrf_mean(chosen) - half, chrf_mean(chosen) + half], "n": len(means), "runs": each,
-                     "sd_over_runs": statistics.stdev(run["chrf"] for run in each) if len(each) > 1 else 0.0,
-                     "signature": str(metric.get_signature()),
-                     "domains": {n: {"chrf": chrf_mean(m), "n": len(m) // len(each)} for n, m in domains.items()}}
+            results.setdefault(task, {})[side] = chrf_scores(chosen)
         else:
-            scores = [r["scores"] for r in chosen]
-            results["chat"] = {
+            results[task] = {
                 "stop_rate": statistics.fmean(s["stopped"] for s in scores),
                 "repetition": statistics.fmean(s["repetition"] for s in scores),
                 "english_share": sum(s["english_letters"] for s in scores) / max(1, sum(s["letters"] for s in scores)),
                 "n": len(chosen),
                 "answers": [{"prompt": r["question"], "answer": r["prediction"], **r["scores"]} for r in chosen]}
-            continue
-        results.setdefault(task, {})[side] = found
+    return results
+
+
+def look_up(results, path):
+    for key in path.split("/"):
+        results = (results or {}).get(key)
     return results
 
 
 def read_evals(folders):
-    """{method: [eval.json of each run folder]}, known methods first. What cannot be compared is refused."""
-    evals, first = {}, None
+    """{method: [eval.json of each run folder]}, known methods first; what cannot be compared is refused."""
+    evals, first, seeds = {}, None, {}
     for folder in folders:
-        methods = os.listdir(folder) if os.path.isdir(folder) else ()
-        methods = [m for m in [*NAMES, *sorted(set(methods) - set(NAMES))] if os.path.isfile(f"{folder}/{m}/eval.json")]
-        if "source" not in methods:
-            fail(f"{folder}/source/eval.json is missing: everything is relative to the source model, so evaluate it first")
-        for method in methods:
-            path = f"{folder}/{method}/eval.json"
+        methods = [*NAMES, *sorted(set(os.listdir(folder) if os.path.isdir(folder) else ()) - set(NAMES))]
+        paths = {method: f"{folder}/{method}/eval.json" for method in methods}
+        if not os.path.isfile(paths["source"]):
+            fail(f"{paths['source']} is missing: all is relative to the source model, so evaluate that first")
+        for method, path in paths.items():
+            if not os.path.isfile(path):
+                continue
             try:
                 with open(path, encoding="utf-8") as file:
                     found = json.load(file)
+                settings = found["settings"] | {"lang": found["lang"]}
                 if (found["format"], found["version"]) != ("ssu-eval", 1):
                     raise ValueError("another format or version")
-                settings = found["settings"] | {"lang": found["lang"], "folder": folder}
             except (ValueError, KeyError, TypeError) as error:
                 fail(f"{path} cannot be read ({error}): remake it with evaluate.py --model ... --out {path}")
-            first = first or (path, settings)
-            if folder != first[1]["folder"]:  # another run folder may have another seed, alike within the folder
-                first = (path, first[1] | {"seed": settings["seed"], "folder": folder})
+            first = first or settings
+            seed = seeds.setdefault(folder, settings["seed"])  # may differ from one run folder to the next
             for key in settings.keys() - {"model_sha256"}:
-                if settings[key] != first[1].get(key):
-                    fail(f"{path} and {first[0]} differ in {key}: {settings[key]} and {first[1].get(key)}")
+                expected = seed if key == "seed" else first.get(key)
+                if settings[key] != expected:
+                    fail(f"{path} cannot be compared with {paths['source']}: {key} is {settings[key]}, not {expected}")
             evals.setdefault(method, []).append(found)
-    return evals
-
-
-def look_up(found, path):
-    """A number of `results` by its path, None where the task was not evaluated."""
-    for key in path.split("/"):
-        found = (found or {}).get(key)
-    return found
+    return {m: evals[m] for m in sorted(evals, key=lambda m: [*NAMES, m].index(m))}
 
 
 def report(folders, out):
-    """report.md (printed, too) in the manner of Table 2, and report.png: source kept against target gained."""
+    """report.md, also printed, in the manner of Table 2; and report.png."""
     evals = read_evals(folders)
     one, sizes = evals["source"][0], []
-    target = LANGUAGES[one["lang"]][0]
+    target, names = LANGUAGES[one["lang"]][0], {m: NAMES.get(m, m) for m in evals}
     value = {(m, c[2]): [look_up(e["results"], c[2]) for e in evals[m]] for m in evals for c in COLUMNS}
-    value = {key: xs for key, xs in value.items() if None not in xs}
-    mean = {key: statistics.fmean(xs) for key, xs in value.items()}
-    lines = [f"# English kept, {target} gained", "", "In brackets: change relative to Source. "
-             + f"{len(folders)} run folder(s)" + (", mean ± standard deviation." if len(folders) > 1 else "."), ""]
+    value = {key: numbers for key, numbers in value.items() if None not in numbers}
+    lines = [f"# English kept, {target} gained", "", "In brackets the change relative to Source, as in Table 2"
+             + ("." if len(folders) == 1 else f"; mean ± standard deviation over {len(folders)} run folders."), ""]
     for side, title in (("source", "English"), ("target", target)):
         columns = [c for c in COLUMNS if c[0] == side and ("source", c[2]) in value]
-        table = [[title, *(heading for _, heading, _, _ in columns)]]
-        for m in evals:
-            table.append([NAMES.get(m, m) + (f" (n={len(evals[m])})" if len(evals[m]) < len(folders) else "")])
+        table = [[title, *(c[1] for c in columns)]]
+        for m in evals if columns else ():
+            table.append([names[m] + (f" ({len(evals[m])} of them)" if len(evals[m]) < len(folders) else "")])
             for _, _, path, digits in columns:
-                cell, xs = f"{mean[m, path]:.{digits}f}", value[m, path]
-                cell += f" ± {statistics.stdev(xs):.{digits}f}" if len(xs) > 1 else ""
-                change = 100 * (mean[m, path] / mean["source", path] - 1) if mean["source", path] else math.nan
-                table[-1].append(cell + ("" if math.isnan(change) else f" ({change:+.1f}%)"))
+                mean, base = statistics.fmean(value[m, path]), statistics.fmean(value["source", path])
+                sd = f" ± {statistics.stdev(value[m, path]):.{digits}f}" if len(value[m, path]) > 1 else ""
+                table[-1].append(f"{mean:.{digits}f}{sd}" + (f" ({100 * (mean / base - 1):+.1f}%)" if base else ""))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in table]
-        lines += [rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:], ""] if columns else []
+        table.insert(1, ["-" * width for width in widths])
+        lines += ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table] + [""] if columns else []
         for _, heading, path, _ in columns:
             found = look_up(one["results"], path.rsplit("/", 1)[0])
-            n = f"{found['documents']} documents, {found['tokens']} tokens" if "tokens" in found else f"{found['n']} items"
+            n = f"{found['n']} items" if "n" in found else f"{found['documents']} documents, {found['tokens']} tokens"
             sizes.append(f"{title} {heading[:-2]}: {n}")
-    settings = " ".join(f"{key}={value}" for key, value in one["settings"].items())
-    lines += ["n: " + "; ".join(sizes) + ".", "",
-              f"Seeds: {', '.join(str(e['settings']['seed']) for e in evals['source'])}. Settings: {settings}.", "",
-              "Models: " + "; ".join(f"{NAMES.get(m, m)} {e['model']}" for m in evals for e in evals[m]) + ".", "",
-              f"Versions: {one['versions']}; {one['device']}; commit {one['git_commit']}.", ""]
+    shown = {k: ",".join(v) if k == "tasks" else v for k, v in one["settings"].items() if k != "model_sha256"}
+    lines += [f"n: {'; '.join(sizes)}.", "",
+              f"Seeds: {', '.join(str(e['settings']['seed']) for e in evals['source'])}.", "",
+              f"Settings: {', '.join(f'{k} {v}' for k, v in shown.items())}.", "",
+              f"Models: {'; '.join(names[m] + ' ' + e['model'] for m in evals for e in evals[m])}.", "",
+              f"Made with {', '.join(map(' '.join, one['versions'].items()))} on {one['device']}, "
+              f"commit {one['git_commit']}.", ""]
     if "chat" in one["results"]:
         answers = {m: evals[m][0]["results"]["chat"]["answers"][0] for m in evals}
         lines += ["## One English prompt, answered by each model", "", "> " + answers["source"]["prompt"], ""]
-        lines += [f"**{NAMES.get(m, m)}:** {' '.join(a['answer'].split())}\n" for m, a in answers.items()]
+        lines += [f"**{names[m]}:** {' '.join(answers[m]['answer'].split())}\n" for m in evals]
     write_atomically(os.path.join(out, "report.md"), "\n".join(lines))
-    print("\n".join(lines))
-    print("wrote", os.path.join(out, "report.md"))
+    print("\n".join(lines), f"wrote {out}/report.md", sep="\n")
     if ("source", "bpb/source/heldout/bpb") in value:
-        picture(value, evals, target, os.path.join(out, "report.png"))
+        plot(value, names, target, os.path.join(out, "report.png"))
 
 
-def git_commit():
-    """The commit of this script, with -dirty where files have changed since; None outside a checkout."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def picture(value, evals, target, path):
-    """x: target gained, the reduction of its bits per byte; y: source kept, bits per byte of Source over those of the method."""
+def plot(value, names, target, path):
+    """Source kept against target gained: a point for each method, a dot for each seed. matplotlib is optional."""
     try:
         import matplotlib
     except ImportError:
@@ -491,17 +493,17 @@ def picture(value, evals, target, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    source, gain = ([statistics.fmean(value["source", f"bpb/{side}/heldout/bpb"])] for side in ("source", "target"))
-    for m in evals:
-        y = [100 * source[0] / x for x in value[m, "bpb/source/heldout/bpb"]]
-        x = [100 * (1 - x / gain[0]) for x in value[m, "bpb/target/heldout/bpb"]]
-        dots = axes.scatter(statistics.fmean(x), statistics.fmean(y), s=60, zorder=3)
+    chat, text = "bpb/source/heldout/bpb", "bpb/target/heldout/bpb"
+    for m, name in names.items():
+        x = [100 * (1 - bpb / statistics.fmean(value["source", text])) for bpb in value[m, text]]
+        y = [100 * statistics.fmean(value["source", chat]) / bpb for bpb in value[m, chat]]
+        point = axes.scatter(statistics.fmean(x), statistics.fmean(y), s=60, zorder=3)
         if len(x) > 1:
-            axes.scatter(x, y, s=10, color=dots.get_facecolor(), alpha=0.6)
-        axes.annotate(NAMES.get(m, m), (statistics.fmean(x), statistics.fmean(y)), (6, 6), textcoords="offset points")
+            axes.scatter(x, y, s=10, color=point.get_facecolor(), alpha=0.6)
+        axes.annotate(name, (statistics.fmean(x), statistics.fmean(y)), (7, 5), textcoords="offset points")
     axes.set_xlabel(f"{target} gained: reduction of bits per byte (%)")
     axes.set_ylabel("English kept: chat bits per byte, Source / method (%)")
-    axes.margins(0.15)
+    axes.margins(0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path + ".tmp", format="png", dpi=150)
     os.replace(path + ".tmp", path)
@@ -514,34 +516,34 @@ def arguments(argv):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
         return int(text)
 
-    def task_names(text):
-        if not text or set(text.split(",")) - set(TASKS):
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(TASKS)}, separated by commas")
+    def tasks(text):
+        if set(text.split(",")) - set(TASKS):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of some of {','.join(TASKS)}")
         return [task for task in TASKS if task in text.split(",")]
 
     parser = argparse.ArgumentParser("evaluate.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--report", nargs="+", metavar="RUNS", help="run folders to make report.md and report.png of; nothing is evaluated")
     add("--model", help="folder of a Hugging Face checkpoint, or owner/name on the hub")
     add("--lang", choices=LANGUAGES, help="target language")
-    add("--data-dir", help="folder of the evaluation data")
-    add("--out", help="eval.json to write; with --report, the folder of the report (default: the first run folder)")
-    add("--tasks", type=task_names, default=list(TASKS), help="some of bpb,mcq,mt,chat (default: all)")
-    add("--num-samples", type=positive, default=500, help="documents of each bpb file, items of each mcq set and mt direction (default: 500)")
-    add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed+1, ... (default: 3)")
-    add("--greedy", action="store_true", help="mt: one deterministic run, no sampling and no repetition penalty")
-    add("--few-shots", type=int, choices=range(0, 21), metavar="N", default=3, help="mt examples (default: 3)")
-    add("--max-new-tokens", type=positive, default=128, help="of each answer in mt and chat (default: 128)")
-    add("--batch-tokens", type=positive, help="tokens in a batch, with padding (default: 8192)", default=8192)
-    add("--max-length", type=positive, default=1024, help="tokens in a window of bpb (default: 1024)")
+    add("--data-dir", help="folder with en/ and a folder for each target language")
+    add("--out", help="eval.json to write; with --report the folder to write to (default: the first run folder)")
+    add("--report", nargs="+", metavar="RUNS", help="only make report.md and report.png of these run folders")
+    add("--tasks", type=tasks, default=list(TASKS), help="some of bpb,mcq,mt,chat (default: all)")
+    add("--num-samples", type=positive, default=500, help="most items of each set and direction (default: 500)")
+    add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed + 1, ... (default: 3)")
+    add("--greedy", action="store_true", help="mt: one deterministic run, no sampling, no repetition penalty")
+    add("--few-shots", type=int, choices=range(21), metavar="N", default=3, help="mt examples (default: 3)")
+    add("--max-new-tokens", type=positive, default=128, help="of an answer in mt and chat (default: 128)")
+    add("--batch-tokens", type=positive, default=8192, help="most tokens in a batch, padding included (default: 8192)")
+    add("--max-length", type=positive, default=1024, help="tokens of a window in bpb (default: 1024)")
     add("--seed", type=int, default=42, help="draws items, few-shots and samples (default: 42)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU, else float32")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    lacking = [] if args.report else [n for n in ("model", "lang", "data_dir", "out") if getattr(args, n) is None]
-    if lacking:
-        parser.error("needed: " + ", ".join("--" + name.replace("_", "-") for name in lacking) + " (or --report)")
+    lacking = [name for name in ("model", "lang", "data_dir", "out") if not args.report and not getattr(args, name)]
+    if lacking or args.max_length < 16:
+        fail(f"--{lacking[0].replace('_', '-')} is needed (or --report)" if lacking else "--max-length is below 16")
     return args
 
 
@@ -554,19 +556,43 @@ def dump(record):
 
 
 def read_items(path, header):
-    """{key: record} that an interrupted run with the same header has finished; the line it was killed in is dropped."""
+    """{key: record} of what an interrupted run with the same header has finished, without the line it was killed in."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.endswith("\n")]
     if lines[:1] == [dump(header)]:
         return {key_of(record): record for record in map(json.loads, lines[1:])}
-    print(f"{path} was made with other settings, data, model or versions: starting afresh")
+    print(f"{path} is of other settings, data, model or versions: starting afresh")
     return {}
 
 
+def git_commit():
+    """The commit of this script, with -dirty where files were changed since; None outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def load_model(folder, tokenizer, dtype, device):
+    """(model, ids that end a turn, ids with a newline in them)."""
+    import torch
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    # a chat ends with what its template closes a turn with, or with what the model or its tokenizer calls the end
+    chat = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]).rstrip()
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    ends |= {encode(tokenizer, chat)[-1]} & set(tokenizer.all_special_ids)
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    model.generation_config = transformers.GenerationConfig()  # Table 9 alone decides, not what came with the model
+    return model.to(device).eval(), sorted(ends), [i for i, text in enumerate(texts) if "\n" in text]
+
+
 def evaluate(args):
-    """Section 4.5: ask the model everything that is not answered yet, then write eval.json."""
     started = time.monotonic()
     data, data_sha256 = read_data(args.data_dir, args.lang, args.tasks)
     folder, model_sha256 = find_model(args.model)
@@ -575,8 +601,12 @@ def evaluate(args):
     import transformers
     from tqdm import tqdm
     transformers.logging.set_verbosity_error()
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    transformers.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda: torch sees no CUDA device")
+    device = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     settings = {"tasks": args.tasks, "num_samples": args.num_samples, "runs": 1 if args.greedy else args.runs,
                 "greedy": args.greedy, "few_shots": args.few_shots, "max_new_tokens": args.max_new_tokens,
                 "batch_tokens": args.batch_tokens, "max_length": args.max_length, "seed": args.seed, "dtype": dtype,
@@ -591,74 +621,68 @@ def evaluate(args):
     if len(set(keys)) < len(keys):
         fail(f"two items have the same id: {Counter(keys).most_common(1)[0][0]}")
 
-    # The plan alone decides the batches and their seeds, and a batch is done whole or not at all.
+    # The plan alone decides batches and seeds, and a batch is done whole or not at all: resuming changes no number.
     header = {"format": "ssu-eval-items", "version": 1, "lang": args.lang, "settings": settings, "versions": versions}
     items_path = os.path.splitext(args.out)[0] + ".items.jsonl"
-    done, todo, number = read_items(items_path, header), [], 0
+    done, todo = read_items(items_path, header), []
+    print(f"{args.model} on {device} in {dtype}, batches of up to {args.batch_tokens} tokens")
     for (task, side, run), members in group(items, lambda item: key_of(item[0])[:3]).items():
         sizes, budget = [len(prompt) + sum(map(len, parts)) for _, prompt, parts in members], args.batch_tokens
-        if task in ("mt", "chat"):  # the beginning that all share is computed once, and so not counted
+        if task in ("mt", "chat"):  # the beginning that all share is computed once, so it does not count
             shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
             sizes = [size - shared + args.max_new_tokens for size in sizes]
-        else:  # scoring makes logits at every token, generating only at one of each row
+        else:  # scoring has logits at all tokens, generating at one in each row, so it gets a smaller share
             budget //= 4
         found = [[members[i] for i in batch] for batch in batches(sizes, budget)]
         left = [(args.seed + run, i, b) for i, b in enumerate(found) if any(key_of(item[0]) not in done for item in b)]
-        todo, number = todo + left, number + len(found)
-        print(f"{task} {side} run {run}: {len(members)} items, {sum(sizes)} tokens with room for answers, {len(found)} batches")
-    print(f"{len(keys)} items in {number} batches of up to {args.batch_tokens} tokens, {len(todo)} to do; {device}, {dtype}")
+        todo += left
+        print(f"{task} {side}, run {run}: {len(members)} items, {sum(sizes)} tokens, "
+              f"{len(left)} of {len(found)} batches to do")
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     write_atomically(items_path, "".join(map(dump, [header, *done.values()])))
     if todo:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
-        model = model.to(device).eval()
-        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        end_of_turn = encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False).rstrip())[-1]
-        eos = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        ends = sorted(ends | ({end_of_turn} & set(tokenizer.all_special_ids)))
-        newlines = [i for i, t in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])) if "\n" in t]
-        model.generation_config = transformers.GenerationConfig()  # none of the model's own decoding settings
-        texts = {side: [row.get("text") or " ".join(turn["content"] for turn in row["messages"])
-                        for name, rows in data.items() if name == f"{side}/heldout" for row in rows] for side in ("source", "target")}
-        odds = english_odds(texts["source"], texts["target"])
-    with open(items_path, "a", encoding="utf-8") as file, tqdm(total=sum(len(b) for _, _, b in todo), unit="item") as bar:
+        model, end_ids, newline_ids = load_model(folder, tokenizer, dtype, device)
+        odds = english_odds(data) if "chat" in args.tasks else {}
+    sampling = {"do_sample": False} if args.greedy else SAMPLING
+    total = sum(len(batch) for _, _, batch in todo)
+    with open(items_path, "a", encoding="utf-8") as file, tqdm(total=total, unit="item", disable=not todo) as bar:
         for seed, index, batch in todo:
-            batch_records, prompts, parts = zip(*batch, strict=True)
-            task = batch_records[0]["task"]
-            bar.set_description(f"{task} {batch_records[0]['side']}")
+            planned, prompts, parts = zip(*batch, strict=True)
+            task = planned[0]["task"]
+            bar.set_description(f"{task} {planned[0]['side']}")
+            torch.manual_seed(seed * 1_000_003 + index)
             if task in ("bpb", "mcq"):
                 answers = loglik(model, list(zip(prompts, parts, strict=True)))
+            elif task == "mt":  # Table 9's newline ends a translation
+                answers = generate(model, list(prompts), args.max_new_tokens, end_ids + newline_ids, sampling)
             else:
-                torch.manual_seed(seed * 1_000_003 + index)
-                sampling = SAMPLING if task == "mt" and not args.greedy else {"do_sample": False}
-                answers = generate(model, list(prompts), args.max_new_tokens, ends + (newlines if task == "mt" else []), sampling)
-            for record, answer in zip(batch_records, answers, strict=True):
-                done[key_of(record)] = score(record, answer, tokenizer, ends, odds)
-            file.write("".join(dump(done[key_of(record)]) for record in batch_records))
+                answers = generate(model, list(prompts), args.max_new_tokens, end_ids, {"do_sample": False})
+            finished = [score(r, answer, tokenizer, end_ids, odds) for r, answer in zip(planned, answers, strict=True)]
+            done |= {key_of(record): record for record in finished}
+            file.write("".join(map(dump, finished)))
             file.flush()
             bar.update(len(batch))
 
     records = [done[key] for key in keys]
-    write_atomically(items_path, "".join(map(dump, [header, *records])))  # in the order of the plan, however it was reached
+    write_atomically(items_path, "".join(map(dump, [header, *records])))  # in the plan's order
     results = summarise(records)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU"
     write_atomically(args.out, json.dumps({
-        "format": "ssu-eval", "version": 1, "model": args.model, "lang": args.lang, "settings": settings, "versions": versions,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine() + " CPU",
-        "git_commit": git_commit(), "seconds": round(time.monotonic() - started, 1), "results": results},
-        ensure_ascii=False, indent=1) + "\n")
-    for _, heading, path, digits in COLUMNS:
+        "format": "ssu-eval", "version": 1, "model": args.model, "lang": args.lang, "settings": settings,
+        "versions": versions, "device": name, "git_commit": git_commit(),
+        "seconds": round(time.monotonic() - started, 1), "results": results}, ensure_ascii=False, indent=1) + "\n")
+    for _, _, path, digits in COLUMNS:
         if look_up(results, path) is not None:
-            print(f"{path:<26} {look_up(results, path):.{digits}f}")
-    run_folder = os.path.dirname(os.path.dirname(os.path.abspath(args.out)))
-    print(f"wrote {args.out} and {items_path}; the table of all methods: python evaluate.py --report {os.path.relpath(run_folder)}")
+            print(f"{path:<24} {look_up(results, path):.{digits}f}")
+    runs = os.path.relpath(os.path.dirname(os.path.dirname(os.path.abspath(args.out))))
+    print(f"wrote {args.out}; every item is in {items_path}\nnext: python evaluate.py --report {runs}")
 
 
 def main(argv=None):
     args = arguments(argv)
     try:
         report(args.report, args.out or args.report[0]) if args.report else evaluate(args)
-    except OSError as error:
+    except OSError as error:  # a full disk, a folder that cannot be written, a checkpoint with a file missing
         fail(f"{error.filename or ''} {error.strerror or error}")
 
 

@@ -1,6 +1,7 @@
 """Tiny random models with a real tokenizer and chat template, and a little text: all that the fast tests run on."""
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -69,6 +70,31 @@ def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def forked(main, argv, before=lambda: None):
+    """Starts main(argv) in a process of its own, a copy of this one, with nothing to import. Returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        sys.stdout = open(os.devnull, "w")
+        before()
+        main([str(a) for a in argv])
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    finally:
+        os._exit(code)
+
+
+def limit_file_size(limit, errors):
+    """For `forked`: no file may grow beyond `limit` bytes, as on a full disk; stderr goes to the file `errors`."""
+    def before():
+        sys.stderr = open(errors, "w", buffering=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return before
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TEXT, write_jsonl
-from sacrebleu.metrics import CHRF
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import evaluate
@@ -22,16 +21,19 @@ WORDS = "river mill wheel capital Paris hills children rain house market".split(
 def data(tmp_path_factory):
     """An evaluation folder in miniature: every file, every optional column, text of several bytes a character."""
     folder = tmp_path_factory.mktemp("data")
-    chats = [[{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": text}] for text in (*TEXT, "Çay — 5 €.")]
-    write_jsonl(folder / "en/heldout.jsonl", [{"messages": chat} for chat in chats])
+    question = {"role": "user", "content": "What is it?"}
+    write_jsonl(folder / "en/heldout.jsonl", [
+        {"messages": [question, {"role": "assistant", "content": text}]} for text in (*TEXT, "Çay — 5 €.")])
     write_jsonl(folder / "en/prose.jsonl", [{"text": " ".join(TEXT)}, {"text": TEXT[0]}])
-    write_jsonl(folder / "ne/heldout.jsonl", [{"text": TEXT[2], "domain": "udhr"}, {"text": TEXT[3] * 9, "domain": "cldr"}])
+    write_jsonl(folder / "ne/heldout.jsonl", [{"text": TEXT[2], "domain": "udhr"},
+                                               {"text": TEXT[3] * 9, "domain": "cldr"}])
     for lang, question in (("en", "Where do the {} run?"), ("ne", "नेपाल {} —")):
         write_jsonl(folder / f"{lang}/mmlu.test.jsonl", [
-            {"sample_id": f"{lang}/{i}", "subject": "ab"[i % 2], "question": question.format(WORDS[i]), "answer": "ABCD"[i % 4],
-             "shared_stem": i % 3 == 0} | {o: WORDS[(i + j) % 10] * (j + 1) for j, o in enumerate(evaluate.OPTIONS)} for i in range(8)])
-    pairs = [{"id": i, "eng_Latn": f"The {word} is {i} years old.", "npi_Deva": f"{TEXT[3][:5 + 3 * i]} {i}", "domain": "xy"[i % 2]}
-             for i, word in enumerate(WORDS)]
+            {"sample_id": f"{lang}/{i}", "subject": "ab"[i % 2], "question": question.format(WORDS[i]),
+             "answer": "ABCD"[i % 4], "shared_stem": i % 3 == 0}
+            | {option: WORDS[(i + j) % 10] * (j + 1) for j, option in enumerate(evaluate.OPTIONS)} for i in range(8)])
+    pairs = [{"id": i, "eng_Latn": f"The {word} is {i} years old.", "npi_Deva": f"{TEXT[3][:5 + 3 * i]} {i}",
+              "domain": "xy"[i % 2]} for i, word in enumerate(WORDS)]
     write_jsonl(folder / "ne/flores.dev.jsonl", pairs[:4])
     write_jsonl(folder / "ne/flores.devtest.jsonl", pairs[4:])
     return folder
@@ -46,8 +48,8 @@ def model(llama):
 
 def run(model, data, out, *more):
     """eval.json of a tiny evaluation."""
-    evaluate.main(["--model", str(model), "--lang", "ne", "--data-dir", str(data), "--out", str(out), "--device", "cpu", "--runs", "2",
-                   "--max-new-tokens", "8", "--max-length", "128", "--batch-tokens", "800", *map(str, more)])
+    evaluate.main(["--model", str(model), "--lang", "ne", "--data-dir", str(data), "--out", str(out), "--device", "cpu",
+                   "--runs", "2", "--max-new-tokens", "8", "--max-length", "128", "--batch-tokens", "800", *map(str, more)])
     return json.loads(out.read_text())
 
 
@@ -55,7 +57,8 @@ def run(model, data, out, *more):
 def whole(llama, data, tmp_path_factory):
     """(eval.json, items) of one uninterrupted run of everything."""
     out = tmp_path_factory.mktemp("whole") / "eval.json"
-    return run(llama, data, out), [json.loads(line) for line in out.with_name("eval.items.jsonl").read_text().splitlines()[1:]]
+    found = run(llama, data, out)
+    return found, [json.loads(line) for line in out.with_name("eval.items.jsonl").read_text().splitlines()[1:]]
 
 
 def reference_loglik(model, prompt, part):
@@ -86,9 +89,9 @@ def test_padded_greedy_generation_equals_one_by_one(model, penalty):
     prompts = [[1, 70, 80, 90] + list(range(100, 100 + n)) for n in (9, 1, 30, 14)] + [[1, 70, 80, 90, 33]]
     alone = []
     for prompt in prompts:
-        new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, eos_token_id=[2, 60],
-                             pad_token_id=2, do_sample=False, repetition_penalty=penalty)[0, len(prompt):].tolist()
-        alone.append(new)
+        new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12,
+                             eos_token_id=[2, 60], pad_token_id=2, do_sample=False, repetition_penalty=penalty)
+        alone.append(new[0, len(prompt):].tolist())
     sampling = {"do_sample": False, "repetition_penalty": penalty}
     assert evaluate.generate(model, prompts, 12, [2, 60], sampling) == alone
     assert evaluate.generate(model, [[5, *p] for p in prompts[:1]] + [[6, 9]], 3, [2], sampling)  # nothing shared
@@ -106,12 +109,14 @@ def test_chrf_equals_the_sacrebleu_command(whole, tmp_path):
             rows = [r for r in items if (r["task"], r["side"], r["run"]) == ("mt", side, number)]
             (tmp_path / "hyp").write_text("".join(r["prediction"] + "\n" for r in rows))
             (tmp_path / "ref").write_text("".join(r["reference"] + "\n" for r in rows))
-            command = [sys.executable, "-m", "sacrebleu", tmp_path / "ref", "-i", tmp_path / "hyp", "-m", "chrf", "--chrf-word-order", "2"]
-            corpus = subprocess.run([*command, "-b", "-w", "6"], capture_output=True, text=True, check=True).stdout
+
+            def sacrebleu(*more, files=(tmp_path / "ref", "-i", tmp_path / "hyp")):
+                command = [sys.executable, "-m", "sacrebleu", *files, "-m", "chrf", "--chrf-word-order", "2", "-w", "6"]
+                return subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+            corpus = sacrebleu("-b")
             assert result["chrf_corpus"] == pytest.approx(float(corpus), abs=1e-6)
             if (side, number) == ("source", 0):
-                lines = subprocess.run([*command, "-sl", "-w", "6"], capture_output=True, text=True, check=True).stdout.splitlines()
-                each = [float(re.search(r"= ([\d.]+)$", line).group(1)) for line in lines]
+                each = [float(re.search(r"= ([\d.]+)$", line).group(1)) for line in sacrebleu("-sl").splitlines()]
                 assert [r["scores"]["chrf"] for r in rows] == pytest.approx(each, abs=1e-6)
                 assert result["chrf"] == pytest.approx(sum(each) / len(each), abs=1e-6)
         means = [result["chrf"] for result in mt["runs"]]
@@ -125,10 +130,10 @@ def test_chrf_equals_the_sacrebleu_command(whole, tmp_path):
 def test_mt_prompts_are_table_7_with_few_shots_and_one_bos(whole):
     rows = [r for r in whole[1] if r["task"] == "mt" and r["id"] == 5]
     source, target = (next(r["prompt"] for r in rows if r["side"] == side) for side in ("source", "target"))
-    assert source.count("<|im_start|>user\nTranslate Nepali to English: ") == 4 and source.count("<|im_start|>assistant\n") == 4
-    assert source.endswith(" 5 =<|im_end|>\n<|im_start|>assistant\n")
-    assert target.endswith("अङ्ग्रेजीलाई नेपालीमा अनुवाद गर्नुहोस्: The rain is 5 years old. =<|im_end|>\n<|im_start|>assistant\n".replace(
-        "rain", WORDS[5]))
+    for prompt, ask in ((source, "Translate Nepali to English: "), (target, "अङ्ग्रेजीलाई नेपालीमा अनुवाद गर्नुहोस्: ")):
+        assert prompt.count(f"<|im_start|>user\n{ask}") == 4 and prompt.count("<|im_start|>assistant\n") == 4
+    end = " =<|im_end|>\n<|im_start|>assistant\n"
+    assert source.endswith(" 5" + end) and target.endswith(f": The {WORDS[5]} is 5 years old." + end)
     assert [r["reference"] for r in rows[:1]] == [f"The {WORDS[5]} is 5 years old."]
 
 
@@ -169,7 +174,8 @@ def test_multiple_choice_by_hand(whole, model, llama, data):
                 if side == "source":
                     prompt, text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", row[option]
                 prompt_ids, ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, text))
-                per_byte.append(reference_loglik(model, prompt_ids if side == "source" else [2, *prompt_ids], ids) / len(row[option]))
+                prompt_ids = prompt_ids if side == "source" else [2, *prompt_ids]
+                per_byte.append(reference_loglik(model, prompt_ids, ids) / len(row[option]))
             letters[row["sample_id"]] = "ABCD"[max(range(4), key=per_byte.__getitem__)]
             right.append((letters[row["sample_id"]] == row["answer"], row["subject"], row["shared_stem"]))
         found = whole[0]["results"]["mcq"][side]
@@ -184,11 +190,12 @@ def test_multiple_choice_by_hand(whole, model, llama, data):
 
 def test_wilson_interval():
     found = evaluate.accuracy([{"scores": {"correct": i < 7}} for i in range(10)])
-    assert found["interval95"] == pytest.approx([0.3968, 0.8922], abs=1e-4)  # as in statsmodels, proportion_confint(7, 10)
+    assert found["interval95"] == pytest.approx([0.3968, 0.8922], abs=1e-4)  # 7 of 10, from a textbook
 
 
 def test_chat_scores():
-    odds = evaluate.english_odds(["the cat sat on the mat and the dog ran"], ["बिरालो चटाईमा बस्यो", "kuka da kare suna gudu"])
+    chat = {"messages": [{"content": "the cat sat on the mat"}, {"content": "and the dog ran"}]}
+    odds = evaluate.english_odds({"source/heldout": [chat], "target/heldout": [{"text": "बिरालो चटाईमा बस्यो"}, {"text": "kuka"}]})
     found = evaluate.chat_scores("The cat sat. बिरालो the cat sat बिरालो", odds)
     assert found["english_letters"] == 18 and found["letters"] == 18 + 2 * len("बिरालो")
     assert evaluate.chat_scores("a b c d a b c d e", odds)["repetition"] == pytest.approx(1 / 6)
@@ -198,7 +205,8 @@ def test_chat_scores():
 def test_chat_answers_are_saved(whole):
     chat = whole[0]["results"]["chat"]
     assert chat["n"] == len(chat["answers"]) == len(evaluate.CHAT_PROMPTS)
-    assert chat["answers"][0]["prompt"] == evaluate.CHAT_PROMPTS[0] and {"answer", "stopped", "repetition"} <= chat["answers"][0].keys()
+    assert chat["answers"][0]["prompt"] == evaluate.CHAT_PROMPTS[0]
+    assert {"answer", "stopped", "repetition", "letters"} <= chat["answers"][0].keys()
     assert chat["stop_rate"] == sum(a["stopped"] for a in chat["answers"]) / chat["n"]
 
 
@@ -261,25 +269,27 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize("change, message", [
     (("--lang", "de"), "argument --lang: invalid choice"), (("--tasks", "bpb,sums"), "argument --tasks"),
-    (("--num-samples", 0), "whole number above 0"), (("--model", "no/such/model"), "model no/such/model does not exist"),
-    (("--model", "runs"), "model runs does not exist"), (("--few-shots", 9), "fewer rows than --few-shots 9"),
-    (("--out", "/dev/null/x/eval.json"), "/dev/null"), (("--data-dir", "nowhere"), "nowhere/en/heldout.jsonl does not exist"),
+    (("--num-samples", 0), "whole number above 0"), (("--max-length", 9), "--max-length is below 16"),
+    (("--model", "no/such/model"), "model no/such/model does not exist"), (("--model", "no"), "model no does not exist"),
+    (("--few-shots", 9), "fewer rows than --few-shots 9"), (("--out", "/dev/null/x/eval.json"), "/dev/null"),
+    (("--data-dir", "nowhere"), "nowhere/en/heldout.jsonl does not exist"),
 ])
 def test_bad_arguments(llama, data, tmp_path, capsys, change, message):
-    argv = {"--model": llama, "--lang": "ne", "--data-dir": data, "--out": tmp_path / "runs/eval.json"} | {change[0]: change[1]}
+    argv = {"--model": llama, "--lang": "ne", "--data-dir": data, "--out": tmp_path / "runs/eval.json"}
+    argv[change[0]] = change[1]
     assert message in fails(capsys, *(x for pair in argv.items() for x in pair), "--device", "cpu")
     assert not (tmp_path / "runs").exists()
 
 
 GOOD = {"id": 1, "eng_Latn": "a", "npi_Deva": "b"}
-CHOICE = {"sample_id": 1, "subject": "a", "question": "q", "option_a": "1", "option_b": "2", "option_c": "3", "option_d": "4", "answer": "A"}
+CHOICE = {"sample_id": 1, "subject": "a", "question": "q", "answer": "A"} | dict.fromkeys(evaluate.OPTIONS, "x")
 
 
 @pytest.mark.parametrize("file, content, message", [
     ("en/heldout", "", "heldout.jsonl is empty"), ("en/heldout", '{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
-    ("ne/heldout", b'{"text": "\xff"}\n', "line 1 is not JSON"), ("ne/heldout", '{"txt": "a"}\n', "line 1 has no `text`"),
-    ("en/heldout", '{"messages": [{"role": "user", "content": "a"}]}', "must end with a user's turn and the assistant's answer"),
-    ("en/heldout", '{"messages": ["a"]}', "line 1 is not an object"), ("ne/heldout", "[1]\n", "line 1 is not an object"),
+    ("ne/heldout", b'{"text": "\xff"}\n', "line 1 is not JSON"), ("ne/heldout", '{"a": "a"}\n', "line 1 has no `text`"),
+    ("en/heldout", '{"messages": [{"role": "user", "content": "a"}]}', "must end with a user's turn and the assistant's"),
+    ("en/heldout", '{"messages": ["a"]}', "line 1 is not an object"), ("ne/heldout", "[1]\n", "line 1 is not an obj"),
     ("ne/flores.devtest", json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"npi_Deva": ""}), "line 2 has no `npi_Deva`"),
     ("ne/flores.devtest", (json.dumps(GOOD) + "\n") * 2, "two items have the same id"),
     ("ne/mmlu.test", json.dumps({k: v for k, v in CHOICE.items() if k != "option_c"}), "line 1 has no `option_c`"),
@@ -304,14 +314,16 @@ def test_full_disk(llama, data, tmp_path, capsys, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device" in fails(capsys, "--model", llama, "--lang", "ne", "--data-dir", data, "--out", out, "--tasks", "chat")
+    argv = ("--model", llama, "--lang", "ne", "--data-dir", data, "--out", out, "--tasks", "chat")
+    assert "No space left on device" in fails(capsys, *argv)
     assert out.read_bytes() == before
 
 
 def evaluation(folder, method, chat, target, mt, seed=42, **settings):
     """A hand-made eval.json."""
-    content = {"format": "ssu-eval", "version": 1, "model": f"{folder}/{method}/model", "lang": "ne", "versions": {"torch": "2"},
-               "settings": {"tasks": ["bpb", "mt", "chat"], "seed": seed, "model_sha256": method, "data_sha256": "d"} | settings,
+    settings = {"tasks": ["bpb", "mt", "chat"], "seed": seed, "model_sha256": method, "data_sha256": "d"} | settings
+    content = {"format": "ssu-eval", "version": 1, "model": f"{folder}/{method}/model", "lang": "ne",
+               "versions": {"torch": "2"}, "settings": settings,
                "device": "cpu", "git_commit": "c0ffee", "seconds": 1, "results": {
                    "bpb": {"source": {"heldout": {"bpb": chat, "tokens": 9, "documents": 3}},
                            "target": {"heldout": {"bpb": target, "tokens": 8, "documents": 2}}},
@@ -325,17 +337,18 @@ def evaluation(folder, method, chat, target, mt, seed=42, **settings):
 
 
 def test_report_of_one_run(tmp_path, capsys):
-    for method, chat, target, mt in (("source", 1.0, 2.0, 20.0), ("ssu-wanda", 1.1, 1.0, 19.0), ("fft", 2.0, 1.25, 10.0), ("my", 3, 3, 3)):
+    for method, chat, target, mt in (("source", 1.0, 2.0, 20.0), ("ssu-wanda", 1.1, 1.0, 19.0), ("fft", 2.0, 1.25, 10.0),
+                                     ("my", 3, 3, 3)):
         evaluation(tmp_path, method, chat, target, mt)
     evaluate.main(["--report", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert [row[0] for row in table] == ["English", "-" * 9, "Source", "FFT", "SSU-Wanda", "my"] + [
-        "Nepali", "-" * 9, "Source", "FFT", "SSU-Wanda", "my"] or [row[0].strip("-") for row in table] == [
-        "English", "", "Source", "FFT", "SSU-Wanda", "my", "Nepali", "", "Source", "FFT", "SSU-Wanda", "my"]
+    assert [row[0] for row in table] == ["English", "-" * 9, "Source", "FFT", "SSU-Wanda", "my",
+                                         "Nepali", "-" * 9, "Source", "FFT", "SSU-Wanda", "my"]
     assert table[0][1:] == ["chat bpb ↓", "MT X→en chrF++ ↑", "stop rate ↑", "repetition ↓", "English share ↑"]
-    assert table[2][1:3] == ["1.000 (+0.0%)", "20.00 (+0.0%)"] and table[3][1:3] == ["2.000 (+100.0%)", "10.00 (-50.0%)"]
+    assert table[2][1:3] == ["1.000 (+0.0%)", "20.00 (+0.0%)"]
+    assert table[3][1:3] == ["2.000 (+100.0%)", "10.00 (-50.0%)"]
     assert table[4][1:] == ["1.100 (+10.0%)", "19.00 (-5.0%)", "1.00 (+0.0%)", "0.00", "0.50 (+0.0%)"]
     assert table[10][1:] == ["1.000 (-50.0%)", "38.00 (-5.0%)"]
     assert "> Why?" in text and "**SSU-Wanda:** Because of ssu-wanda." in text
@@ -359,9 +372,9 @@ def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "source/eval.json is missing" in fails(capsys, "--report", tmp_path)
     evaluation(tmp_path, "source", 1.0, 1.0, 1.0)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, num_samples=3)
-    assert "differ in num_samples" in fails(capsys, "--report", tmp_path)
+    assert "num_samples is 3, not None" in fails(capsys, "--report", tmp_path)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, seed=3)
-    assert "differ in seed" in fails(capsys, "--report", tmp_path)
+    assert "seed is 3, not 42" in fails(capsys, "--report", tmp_path)
     (tmp_path / "ssu-mag/eval.json").write_text("{}")
     assert "ssu-mag/eval.json cannot be read" in fails(capsys, "--report", tmp_path)
     assert not (tmp_path / "report.md").exists()
@@ -369,6 +382,8 @@ def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):
 
 def test_report_does_not_import_torch(tmp_path):
     evaluation(tmp_path, "source", 1.0, 2.0, 20.0)
-    code = "import sys, evaluate; sys.modules['matplotlib'] = None; evaluate.main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, "--report", tmp_path], capture_output=True, text=True, cwd=ROOT, check=True)
+    code = ("import sys, evaluate; sys.modules['matplotlib'] = None; evaluate.main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code, "--report", tmp_path], capture_output=True, text=True, cwd=ROOT,
+                          check=True)
     assert "pip install matplotlib" in done.stdout and not (tmp_path / "report.png").exists()

@@ -1,9 +1,10 @@
 """score.py against an independent float64 reference, and what it refuses."""
 import json
+import os
 
 import pytest
 import torch
-from conftest import MODELS, SIZES, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import MODELS, SIZES, forked, limit_file_size, tiny_model, tiny_tokenizer, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
+import make_mask
 import score
 
 
@@ -155,6 +157,21 @@ def test_other_bad_input(olmo2, chats, tmp_path, capsys):
     argv = ["--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude"]
     assert "cannot be written" in refused(capsys, *argv)
     assert not out.exists()
+
+
+def test_full_disk(olmo2, chats, tmp_path):
+    """Scores, then a mask, that no longer fit: one line, exit code 2, the files of before untouched."""
+    scores, mask = tmp_path / "scores", tmp_path / "mask"
+    run(olmo2, chats, scores)
+    make_mask.main(["--scores", str(scores), "--out", str(mask)])
+    before = scores.read_bytes(), mask.read_bytes()
+    for main, argv in ((score.main, ["--model", olmo2, "--method", "magnitude", "--out", scores]),
+                       (make_mask.main, ["--scores", scores, "--ratio", "0.25", "--out", mask])):
+        pid = forked(main, argv, limit_file_size(1500, tmp_path / "stderr"))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+        (line,) = [line for line in (tmp_path / "stderr").read_text().splitlines() if "error" in line]
+        assert "cannot be written" in line
+    assert (scores.read_bytes(), mask.read_bytes()) == before and not list(tmp_path.glob("*.tmp"))
 
 
 def test_text_and_parquet_rows(olmo2, tmp_path):

@@ -4,17 +4,15 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model, write_jsonl
+from conftest import forked, limit_file_size, tiny_model, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -41,24 +39,6 @@ def make_masks(model, chats, folder):
 
 def arguments(model, data, out, *extra):
     return ["--model", str(model), "--data", str(data), "--out", str(out), *TINY, *map(str, extra)]
-
-
-def forked(argv, before=lambda: None):
-    """Starts train.main(argv) in a process of its own, a copy of this one, so that it has nothing to import."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-        before()
-        train.main([str(a) for a in argv])
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    finally:
-        os._exit(code)
 
 
 def weights(folder):
@@ -224,7 +204,7 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     for _ in range(10):
         state = out / "checkpoint/state.safetensors"
         before = state.stat().st_mtime_ns if state.exists() else 0
-        pid = forked(arguments(olmo2, text, out, *extra, *(["--resume"] if before else [])), slow_disk)
+        pid = forked(train.main, arguments(olmo2, text, out, *extra, *(["--resume"] if before else [])), slow_disk)
         while not state.exists() or state.stat().st_mtime_ns == before:  # at least one step further
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it was killed"
             time.sleep(0.005)
@@ -257,7 +237,7 @@ def checkpointed(olmo2, text, tmp_path):
         real = train.save_checkpoint
         train.save_checkpoint = lambda *a: (real(*a), os._exit(9))
 
-    pid = forked(arguments(olmo2, text, tmp_path / "out", "--save-every", "10"), die_after_saving)
+    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", "--save-every", "10"), die_after_saving)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     return tmp_path / "out"
 
@@ -358,14 +338,9 @@ def test_full_disk_is_one_line_and_loses_nothing(limit, what, olmo2, text, check
     """A limit on the size of a file stands for a full disk: a write fails half-way."""
     before = {path: path.read_bytes() for path in checkpointed.rglob("*.safetensors")}
     errors = tmp_path / "stderr"
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        sys.stderr = open(errors, "w", buffering=1)
-
     out = tmp_path / "other/new" if what == "tokens" else checkpointed
     again = ["--resume"] if out == checkpointed else []
-    pid = forked(arguments(olmo2, text, out, "--save-every", "5", *again), limited)
+    pid = forked(train.main, arguments(olmo2, text, out, "--save-every", "5", *again), limit_file_size(limit, errors))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     (line,) = [line for line in errors.read_text().splitlines() if "train.py: error" in line]
     assert "intact" in line
