@@ -631,8 +631,8 @@ def evaluate(args):
         if task in ("mt", "chat"):  # the beginning that all share is computed once, so it does not count
             shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
             sizes = [size - shared + args.max_new_tokens for size in sizes]
-        else:  # scoring has logits at all tokens, generating at one in each row, so it gets a smaller share
-            budget //= 4
+        else:  # scoring has logits at all tokens, generating at one in each row: it gets a smaller share
+            budget //= 8
         found = [[members[i] for i in batch] for batch in batches(sizes, budget)]
         left = [(args.seed + run, i, b) for i, b in enumerate(found) if any(key_of(item[0]) not in done for item in b)]
         todo += left

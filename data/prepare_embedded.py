@@ -103,8 +103,6 @@ def package_folder(module):
     return Path(importlib.util.find_spec(module).submodule_search_locations[0])
 
 
-# ---- English: calibration and held-out text ----
-
 def chatterbot():
     """(conversations, trivia questions with answers), both without duplicates."""
     chats, trivia = {}, {}
@@ -147,8 +145,6 @@ def prose(topics):
     paragraphs = [clean(p) for name in sorted(topics) for p in re.split(r"\n\s*\n", topics[name]) if p[:1].isalpha()]
     return list(dict.fromkeys(p for p in paragraphs if p.endswith(".") and "::=" not in p and len(p) >= 100))
 
-
-# ---- multiple choice ----
 
 def place_facts():
     """(subject, place, right answer, answers that may not be distractors), all as CLDR codes."""
@@ -205,8 +201,6 @@ def mcq_rows(items, dev_per_subject, with_stem):
         (dev if nth < dev_per_subject else test).append(row)
     return sorted(test, key=lambda row: row["sample_id"]), dev  # by id, so that no letter follows from the row before
 
-
-# ---- the target language ----
 
 def split_terms(locale):
     """{kind: {held out?: terms}} of the terms that have a name in this locale."""
@@ -362,8 +356,6 @@ def english_files(topics):
         "en/mmlu.dev.jsonl": (dev, ["chat", "cldr"]),
     }
 
-
-# ---- the model ----
 
 def convert_model(gguf, folder):
     import torch

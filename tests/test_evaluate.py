@@ -48,8 +48,9 @@ def model(llama):
 
 def run(model, data, out, *more):
     """eval.json of a tiny evaluation."""
-    evaluate.main(["--model", str(model), "--lang", "ne", "--data-dir", str(data), "--out", str(out), "--device", "cpu",
-                   "--runs", "2", "--max-new-tokens", "8", "--max-length", "128", "--batch-tokens", "800", *map(str, more)])
+    argv = {"--model": model, "--lang": "ne", "--data-dir": data, "--out": out, "--device": "cpu", "--runs": 2,
+            "--max-new-tokens": 8, "--max-length": 128, "--batch-tokens": 800}
+    evaluate.main([str(x) for x in (*(x for pair in argv.items() for x in pair), *more)])
     return json.loads(out.read_text())
 
 
@@ -195,7 +196,8 @@ def test_wilson_interval():
 
 def test_chat_scores():
     chat = {"messages": [{"content": "the cat sat on the mat"}, {"content": "and the dog ran"}]}
-    odds = evaluate.english_odds({"source/heldout": [chat], "target/heldout": [{"text": "बिरालो चटाईमा बस्यो"}, {"text": "kuka"}]})
+    target = [{"text": "बिरालो चटाईमा बस्यो"}, {"text": "kuka da kare"}]
+    odds = evaluate.english_odds({"source/heldout": [chat], "target/heldout": target})
     found = evaluate.chat_scores("The cat sat. बिरालो the cat sat बिरालो", odds)
     assert found["english_letters"] == 18 and found["letters"] == 18 + 2 * len("बिरालो")
     assert evaluate.chat_scores("a b c d a b c d e", odds)["repetition"] == pytest.approx(1 / 6)
@@ -270,7 +272,8 @@ def fails(capsys, *argv):
 @pytest.mark.parametrize("change, message", [
     (("--lang", "de"), "argument --lang: invalid choice"), (("--tasks", "bpb,sums"), "argument --tasks"),
     (("--num-samples", 0), "whole number above 0"), (("--max-length", 9), "--max-length is below 16"),
-    (("--model", "no/such/model"), "model no/such/model does not exist"), (("--model", "no"), "model no does not exist"),
+    (("--model", "no/such/model"), "model no/such/model does not exist"),
+    (("--model", "no"), "model no does not exist"),
     (("--few-shots", 9), "fewer rows than --few-shots 9"), (("--out", "/dev/null/x/eval.json"), "/dev/null"),
     (("--data-dir", "nowhere"), "nowhere/en/heldout.jsonl does not exist"),
 ])
@@ -288,7 +291,7 @@ CHOICE = {"sample_id": 1, "subject": "a", "question": "q", "answer": "A"} | dict
 @pytest.mark.parametrize("file, content, message", [
     ("en/heldout", "", "heldout.jsonl is empty"), ("en/heldout", '{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
     ("ne/heldout", b'{"text": "\xff"}\n', "line 1 is not JSON"), ("ne/heldout", '{"a": "a"}\n', "line 1 has no `text`"),
-    ("en/heldout", '{"messages": [{"role": "user", "content": "a"}]}', "must end with a user's turn and the assistant's"),
+    ("en/heldout", '{"messages": [{"role": "user", "content": "a"}]}', "must end with a user's turn"),
     ("en/heldout", '{"messages": ["a"]}', "line 1 is not an object"), ("ne/heldout", "[1]\n", "line 1 is not an obj"),
     ("ne/flores.devtest", json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"npi_Deva": ""}), "line 2 has no `npi_Deva`"),
     ("ne/flores.devtest", (json.dumps(GOOD) + "\n") * 2, "two items have the same id"),
@@ -337,9 +340,9 @@ def evaluation(folder, method, chat, target, mt, seed=42, **settings):
 
 
 def test_report_of_one_run(tmp_path, capsys):
-    for method, chat, target, mt in (("source", 1.0, 2.0, 20.0), ("ssu-wanda", 1.1, 1.0, 19.0), ("fft", 2.0, 1.25, 10.0),
-                                     ("my", 3, 3, 3)):
-        evaluation(tmp_path, method, chat, target, mt)
+    for method, *numbers in (("source", 1.0, 2.0, 20.0), ("ssu-wanda", 1.1, 1.0, 19.0), ("fft", 2.0, 1.25, 10.0),
+                             ("my", 3, 3, 3)):
+        evaluation(tmp_path, method, *numbers)
     evaluate.main(["--report", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
