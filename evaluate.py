@@ -8,7 +8,7 @@
 `source` is English (in mt: X to English) and `target` the new language (in mt: English to X), as in the paper.
 One GPU, the paper's decoding:
     python evaluate.py --model runs/ne/fft/model --lang ne --data-dir runs/data --out runs/ne/fft/eval.json
-Tiny, on a CPU, in a minute or two: the same with --num-samples 100 --greedy --max-new-tokens 48
+Tiny, on a CPU, in a minute or two: the same with --num-samples 100 --greedy --max-new-tokens 32
 Then table and picture; with several run folders (one for each seed), mean and standard deviation:
     python evaluate.py --report runs/ne
 
@@ -53,6 +53,7 @@ CHAT_PROMPTS = (
     "I could not sleep last night. What can I do this evening?",
     "Name three things to pack for a day in the mountains, and say why.",
 )
+CHAT_TOKENS = 128  # room for an answer of a few sentences to end by itself
 TASKS = {  # what each one reads below --data-dir
     "bpb": ("en/heldout", "LANG/heldout", "en/prose", "en/news"),  # prose and news only where they exist
     "mcq": ("en/mmlu.test", "LANG/mmlu.test"),
@@ -458,7 +459,8 @@ def report(folders, out):
             for _, _, path, digits in columns:
                 mean, base = statistics.fmean(value[m, path]), statistics.fmean(value["source", path])
                 sd = f" ± {statistics.stdev(value[m, path]):.{digits}f}" if len(value[m, path]) > 1 else ""
-                table[-1].append(f"{mean:.{digits}f}{sd}" + (f" ({100 * (mean / base - 1):+.1f}%)" if base else ""))
+                relative = f" ({100 * (mean / base - 1):+.1f}%)" if base and not path.startswith("chat/") else ""
+                table[-1].append(f"{mean:.{digits}f}{sd}{relative}")
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * width for width in widths])
         lines += ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table] + [""] if columns else []
@@ -468,9 +470,8 @@ def report(folders, out):
             sizes.append(f"{title} {heading[:-2]}: {n}")
     shown = {k: ",".join(v) if k == "tasks" else v for k, v in one["settings"].items() if k != "model_sha256"}
     lines += [f"n: {'; '.join(sizes)}.", "",
-              f"Seeds: {', '.join(str(e['settings']['seed']) for e in evals['source'])}.", "",
+              f"Run folders: {', '.join(folders)}.", "",
               f"Settings: {', '.join(f'{k} {v}' for k, v in shown.items())}.", "",
-              f"Models: {'; '.join(names[m] + ' ' + e['model'] for m in evals for e in evals[m])}.", "",
               f"Made with {', '.join(map(' '.join, one['versions'].items()))} on {one['device']}, "
               f"commit {one['git_commit']}.", ""]
     if "chat" in one["results"]:
@@ -503,7 +504,7 @@ def plot(value, names, target, path):
         axes.annotate(name, (statistics.fmean(x), statistics.fmean(y)), (7, 5), textcoords="offset points")
     axes.set_xlabel(f"{target} gained: reduction of bits per byte (%)")
     axes.set_ylabel("English kept: chat bits per byte, Source / method (%)")
-    axes.margins(0.2)
+    axes.margins(0.25)
     axes.grid(alpha=0.3)
     figure.savefig(path + ".tmp", format="png", dpi=150)
     os.replace(path + ".tmp", path)
@@ -534,7 +535,7 @@ def arguments(argv):
     add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed + 1, ... (default: 3)")
     add("--greedy", action="store_true", help="mt: one deterministic run, no sampling, no repetition penalty")
     add("--few-shots", type=int, choices=range(21), metavar="N", default=3, help="mt examples (default: 3)")
-    add("--max-new-tokens", type=positive, default=128, help="of an answer in mt and chat (default: 128)")
+    add("--max-new-tokens", type=positive, default=128, help="of an answer in mt (default: 128)")
     add("--batch-tokens", type=positive, default=8192, help="most tokens in a batch, padding included (default: 8192)")
     add("--max-length", type=positive, default=1024, help="tokens of a window in bpb (default: 1024)")
     add("--seed", type=int, default=42, help="draws items, few-shots and samples (default: 42)")
@@ -630,7 +631,7 @@ def evaluate(args):
         sizes, budget = [len(prompt) + sum(map(len, parts)) for _, prompt, parts in members], args.batch_tokens
         if task in ("mt", "chat"):  # the beginning that all share is computed once, so it does not count
             shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
-            sizes = [size - shared + args.max_new_tokens for size in sizes]
+            sizes = [size - shared + (CHAT_TOKENS if task == "chat" else args.max_new_tokens) for size in sizes]
         else:  # scoring has logits at all tokens, generating at one in each row: it gets a smaller share
             budget //= 8
         found = [[members[i] for i in batch] for batch in batches(sizes, budget)]
@@ -656,7 +657,7 @@ def evaluate(args):
             elif task == "mt":  # Table 9's newline ends a translation
                 answers = generate(model, list(prompts), args.max_new_tokens, end_ids + newline_ids, sampling)
             else:
-                answers = generate(model, list(prompts), args.max_new_tokens, end_ids, {"do_sample": False})
+                answers = generate(model, list(prompts), CHAT_TOKENS, end_ids, {"do_sample": False})
             finished = [score(r, answer, tokenizer, end_ids, odds) for r, answer in zip(planned, answers, strict=True)]
             done |= {key_of(record): record for record in finished}
             file.write("".join(map(dump, finished)))
