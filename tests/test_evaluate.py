@@ -352,7 +352,7 @@ def test_report_of_one_run(tmp_path, capsys):
     assert table[0][1:] == ["chat bpb ↓", "MT X→en chrF++ ↑", "stop rate ↑", "repetition ↓", "English share ↑"]
     assert table[2][1:3] == ["1.000 (+0.0%)", "20.00 (+0.0%)"]
     assert table[3][1:3] == ["2.000 (+100.0%)", "10.00 (-50.0%)"]
-    assert table[4][1:] == ["1.100 (+10.0%)", "19.00 (-5.0%)", "1.00 (+0.0%)", "0.00", "0.50 (+0.0%)"]
+    assert table[4][1:] == ["1.100 (+10.0%)", "19.00 (-5.0%)", "1.00", "0.00", "0.50"]
     assert table[10][1:] == ["1.000 (-50.0%)", "38.00 (-5.0%)"]
     assert "> Why?" in text and "**SSU-Wanda:** Because of ssu-wanda." in text
     assert "3 documents, 9 tokens" in text and "c0ffee" in text
@@ -365,7 +365,7 @@ def test_report_of_several_seeds(tmp_path):
     evaluate.main(["--report", *(str(tmp_path / s) for s in "123"), "--out", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "1.200 ± 0.100 (+20.0%)" in text and "1.000 ± 0.200 (-50.0%)" in text and "12.00 ± 1.00 (-40.0%)" in text
-    assert "Seeds: 1, 2, 3." in text and "standard deviation" in text
+    assert f"Run folders: {tmp_path}/1, {tmp_path}/2, {tmp_path}/3." in text and "standard deviation" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

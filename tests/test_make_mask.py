@@ -39,6 +39,8 @@ def test_exactly_the_highest_columns_are_frozen(scores, ratio, tmp_path):
 
 def test_ties_freeze_the_lower_index():
     assert make_mask.column_mask(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 0.4).tolist() == [1, 0, 0, 1, 1]
+    many = make_mask.column_mask(torch.ones(100_000), 0.3)  # enough of them for an unstable sort to show
+    assert (many[:30_000] == 0).all() and (many[30_000:] == 1).all()
 
 
 def test_metadata_and_printed_table(olmo2, scores, tmp_path, capsys):
