@@ -64,6 +64,8 @@ def parse_args(argv):
         parser.error("--method wanda reads calibration text: add --data FILE")
     if min(args.num_samples, args.seq_len, args.batch_size) < 1:
         parser.error("--num-samples, --seq-len and --batch-size must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     return args
 
 

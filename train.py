@@ -89,6 +89,8 @@ def parse_args(argv):
         parser.error("--steps, --batch-size, --micro-batch-size, --log-every must be at least 1, --seq-len at least 2")
     if args.lr <= 0 or args.weight_decay < 0 or not 0 <= args.warmup_ratio <= 1:
         parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     return args
 
 
@@ -399,7 +401,7 @@ def train(args, model, masks, tokens, heldout, settings, start):
     autocast = functools.partial(torch.autocast, device.type, enabled=args.precision != "fp32",
                                  dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
     masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks]
-    lines = [json.dumps({"settings": settings | {k: str(v) for k, v in vars(args).items() if k not in settings}})]
+    lines = [json.dumps({"settings": settings, "arguments": vars(args)}, default=str)]
     if start:
         load_checkpoint(checkpoint, model, optimizer, scaler)
         written = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
