@@ -623,7 +623,10 @@ def evaluate(args):
         fail(f"two items have the same id: {Counter(keys).most_common(1)[0][0]}")
 
     # The plan alone decides batches and seeds, and a batch is done whole or not at all: resuming changes no number.
-    header = {"format": "ssu-eval-items", "version": 1, "lang": args.lang, "settings": settings, "versions": versions}
+    with open(__file__, "rb") as file:  # prompts and decoding stand in this very file
+        script = hashlib.file_digest(file, "sha256").hexdigest()
+    header = {"format": "ssu-eval-items", "version": 1, "lang": args.lang, "settings": settings, "versions": versions,
+              "script": script}
     items_path = os.path.splitext(args.out)[0] + ".items.jsonl"
     done, todo = read_items(items_path, header), []
     print(f"{args.model} on {device} in {dtype}, batches of up to {args.batch_tokens} tokens")
