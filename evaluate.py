@@ -60,6 +60,7 @@ TASKS = {  # what each one reads below --data-dir
     "mt": ("LANG/flores.dev", "LANG/flores.devtest"),
     "chat": ("en/heldout", "LANG/heldout"),  # to tell the languages apart
 }
+TEXTS = ("text", "question", "eng_Latn", *(code for _, code in LANGUAGES.values()))  # columns that must hold strings
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
 NAMES = {"source": "Source", "fft": "FFT", "ssu-rand": "SSU-Rand", "ssu-mag": "SSU-Mag", "ssu-wanda": "SSU-Wanda"}
 COLUMNS = (  # of the report: side, heading (the arrow points to the better value), where in `results`, digits
@@ -92,7 +93,8 @@ def read_rows(path, columns):
             except (AttributeError, KeyError, TypeError):
                 fail(f"{path}: line {number} is not an object, or its `messages` are not {{role, content}} turns")
             for column in columns:
-                if row.get(column) in (None, "") and not (column == "text" and turns):
+                missing = row.get(column) in (None, "") or (column in TEXTS and not isinstance(row[column], str))
+                if missing and not (column == "text" and turns):
                     fail(f"{path}: line {number} has no `{column}`")
             if turns and [role for role, _ in turns[-2:]] != ["user", "assistant"]:
                 fail(f"{path}: line {number}: `messages` must end with a user's turn and the assistant's answer")
@@ -141,11 +143,15 @@ def find_model(name):
 
 def write_atomically(path, text):
     """Neither a reader nor a full disk ever meets half a file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    finally:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
 
 
 def encode(tokenizer, text):
@@ -413,11 +419,12 @@ def look_up(results, path):
     return results
 
 
-def read_evals(folders):
+def read_evals(folders, chosen):
     """{method: [eval.json of each run folder]}, known methods first; what cannot be compared is refused."""
     evals, first, seeds = {}, None, {}
     for folder in folders:
-        methods = [*NAMES, *sorted(set(os.listdir(folder) if os.path.isdir(folder) else ()) - set(NAMES))]
+        there = os.listdir(folder) if os.path.isdir(folder) else ()
+        methods = ["source", *(chosen or [*NAMES, *sorted(set(there) - set(NAMES))])]
         paths = {method: f"{folder}/{method}/eval.json" for method in methods}
         if not os.path.isfile(paths["source"]):
             fail(f"{paths['source']} is missing: all is relative to the source model, so evaluate that first")
@@ -442,9 +449,9 @@ def read_evals(folders):
     return {m: evals[m] for m in sorted(evals, key=lambda m: [*NAMES, m].index(m))}
 
 
-def report(folders, out):
+def report(folders, chosen, out):
     """report.md, also printed, in the manner of Table 2; and report.png."""
-    evals = read_evals(folders)
+    evals = read_evals(folders, chosen)
     one, sizes = evals["source"][0], []
     target, names = LANGUAGES[one["lang"]][0], {m: NAMES.get(m, m) for m in evals}
     value = {(m, c[2]): [look_up(e["results"], c[2]) for e in evals[m]] for m in evals for c in COLUMNS}
@@ -478,6 +485,7 @@ def report(folders, out):
         answers = {m: evals[m][0]["results"]["chat"]["answers"][0] for m in evals}
         lines += ["## One English prompt, answered by each model", "", "> " + answers["source"]["prompt"], ""]
         lines += [f"**{names[m]}:** {' '.join(answers[m]['answer'].split())}\n" for m in evals]
+    os.makedirs(out, exist_ok=True)
     write_atomically(os.path.join(out, "report.md"), "\n".join(lines))
     print("\n".join(lines), f"wrote {out}/report.md", sep="\n")
     if ("source", "bpb/source/heldout/bpb") in value:
@@ -530,6 +538,7 @@ def arguments(argv):
     add("--data-dir", help="folder with en/ and a folder for each target language")
     add("--out", help="eval.json to write; with --report the folder to write to (default: the first run folder)")
     add("--report", nargs="+", metavar="RUNS", help="only make report.md and report.png of these run folders")
+    add("--methods", nargs="+", help="with --report: of these methods beside source (default: all that were evaluated)")
     add("--tasks", type=tasks, default=list(TASKS), help="some of bpb,mcq,mt,chat (default: all)")
     add("--num-samples", type=positive, default=500, help="most items of each set and direction (default: 500)")
     add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed + 1, ... (default: 3)")
@@ -582,7 +591,14 @@ def load_model(folder, tokenizer, dtype, device):
     """(model, ids that end a turn, ids with a newline in them)."""
     import torch
     import transformers
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    from safetensors import SafetensorError
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    except (OSError, SafetensorError) as error:
+        fail(f"model {folder}: {error}")
+    if info["missing_keys"]:
+        fail(f"model {folder}: its files lack {sorted(info['missing_keys'])[:3]}")
     # a chat ends with what its template closes a turn with, or with what the model or its tokenizer calls the end
     chat = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]).rstrip()
     eos = model.generation_config.eos_token_id
@@ -614,7 +630,10 @@ def evaluate(args):
                 "device": device, "model_sha256": model_sha256, "data_sha256": data_sha256}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "sacrebleu": sacrebleu.__version__}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fail(f"model {args.model}: {error}")
     if tokenizer.chat_template is None:
         fail(f"model {args.model} has no chat template: this evaluation is for instruct models")
     items = list(plan(data, tokenizer, args.lang, settings))
@@ -685,7 +704,7 @@ def evaluate(args):
 def main(argv=None):
     args = arguments(argv)
     try:
-        report(args.report, args.out or args.report[0]) if args.report else evaluate(args)
+        report(args.report, args.methods, args.out or args.report[0]) if args.report else evaluate(args)
     except OSError as error:  # a full disk, a folder that cannot be written, a checkpoint with a file missing
         fail(f"{error.filename or ''} {error.strerror or error}")
 

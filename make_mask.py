@@ -30,7 +30,7 @@ def fail(message):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser("make_mask.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", required=True, type=Path, help="scores-<method>.safetensors of score.py")
     parser.add_argument("--out", required=True, type=Path, help="mask.safetensors to write")
@@ -38,6 +38,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not 0 <= args.ratio <= 1:
         parser.error(f"--ratio {args.ratio}: must lie between 0 (nothing frozen) and 1 (all scored parameters frozen)")
+    if args.out.absolute() == args.scores.absolute():
+        parser.error("--out is the scores file: name another one")
     return args
 
 
@@ -49,7 +51,8 @@ def read_scores(path):
             scores = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         fail(f"--scores {path}: cannot be read ({error}); make it again with score.py")
-    if (metadata.get("format"), metadata.get("version"), metadata.get("axis")) != ("ssu-scores", "1", "column"):
+    kind = (metadata.get("format"), metadata.get("version"), metadata.get("axis"))
+    if kind != ("ssu-scores", "1", "column") or "shapes" not in metadata or not scores:
         fail(f"--scores {path}: not column scores of version 1; make them again with score.py")
     shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
     lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())

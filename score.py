@@ -39,13 +39,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def fail(message):
-    """One line on stderr and exit code 2: something the user can mend."""
-    print(f"score.py: error: {message}", file=sys.stderr)
+    """One line on stderr, below any progress bar, and exit code 2: something the user can mend."""
+    tqdm.write(f"score.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser("score.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of the source model")
     parser.add_argument("--data", help="calibration text (wanda only): .jsonl, .jsonl.gz or .parquet with messages, "
@@ -66,20 +66,25 @@ def parse_args(argv):
         parser.error("--num-samples, --seq-len and --batch-size must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
+    parent = next(folder for folder in args.out.absolute().parents if folder.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    if not writable or args.out.is_dir() or (args.data and args.out == Path(args.data)):
+        parser.error(f"--out {args.out}: cannot be written there")
     return args
 
 
 def load_config(model):
-    """Config of a local folder or hub model; refuses what is missing or quantised before any weight is read."""
+    """(config, tokenizer) of a local folder or hub model; refuses what is missing or quantised. Reads no weight."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         fail(f"--model {model}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        fail(f"--model {model}: {' '.join(str(error).split())[:300]}")
+        fail(f"--model {model}: {error}")
     if getattr(config, "quantization_config", None):
         fail(f"--model {model}: quantised weights cannot be scored; give the unquantised model")
-    return config
+    return config, tokenizer
 
 
 def read_rows(path):
@@ -87,28 +92,33 @@ def read_rows(path):
     path = Path(path)
     if not path.is_file():
         fail(f"--data {path}: no such file")
-    if path.suffix == ".parquet":
-        from datasets import load_dataset  # here, because it takes a second to import
-        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield {"text": line.strip()} if path.suffix == ".txt" else json.loads(line)
-            except ValueError as error:
-                fail(f"--data {path}: line {number} is not JSON ({error})")
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            from datasets import load_dataset  # here, because it takes a second to import
+            yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield {"text": line.decode().strip()} if path.suffix == ".txt" else json.loads(line)
+    except (ValueError, OSError, EOFError) as error:
+        fail(f"--data {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
+
+
+def is_chat(messages):
+    return isinstance(messages, list) and messages and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages)
 
 
 def row_ids(row, tokenizer):
     """Token ids of one row: chats go through the model's own chat template, plain text ends with end-of-text."""
-    if not row.get("messages") and row.get("instruction") and "output" in row:
+    if not row.get("messages") and row.get("instruction") and row.get("output") is not None:
         prompt = row["instruction"] + (f"\n\nInput: {row['input']}" if row.get("input") else "")
         row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]}
     if row.get("messages"):
-        if not tokenizer.chat_template:
-            fail("the calibration rows are chats, but the tokenizer has no chat template: use an instruct model")
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
     return tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
@@ -120,8 +130,13 @@ def calibration_tokens(path, tokenizer, num_samples, seq_len, seed):
     Raises SystemExit(2) when a row has no text or when the file does not fill one sequence."""
     rows = list(read_rows(path))
     for number, row in enumerate(rows, 1):
-        if not (isinstance(row, dict) and (row.get("messages") or row.get("instruction") or row.get("text"))):
-            fail(f"--data {path}: row {number} has neither `messages`, `instruction` nor `text`")
+        chat = isinstance(row, dict) and (is_chat(row.get("messages")) or (
+            isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str) and not row.get("messages")))
+        if not chat and not (isinstance(row, dict) and not row.get("messages") and isinstance(row.get("text"), str)):
+            fail(f"--data {path}: row {number} has neither `messages` of role and content, `instruction` and `output`, "
+                 "nor `text`")
+        if chat and not tokenizer.chat_template:
+            fail(f"--data {path}: row {number} is a chat, but the tokenizer has no template: use an instruct model")
     random.Random(seed).shuffle(rows)
     ids = []
     for row in tqdm(rows, desc="tokenise calibration", unit="row"):
@@ -248,7 +263,7 @@ def save_atomically(tensors, path, metadata):
 
 def main(argv=None):
     args = parse_args(argv)
-    config = load_config(args.model)
+    config, tokenizer = load_config(args.model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     owners = scored_parameters(skeleton)
@@ -258,7 +273,6 @@ def main(argv=None):
 
     tokens = torch.empty(0, 0)
     if args.method == "wanda":
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
         short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the file holds no more)"
         print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short}, {args.data}")
@@ -266,7 +280,14 @@ def main(argv=None):
 
     auto = "bfloat16" if args.device.startswith("cuda") else "float32"
     dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True,
+                                                           trust_remote_code=False, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        fail(f"--model {args.model}: {error}")
+    if info["missing_keys"]:
+        fail(f"--model {args.model}: its files lack {sorted(info['missing_keys'])[:3]}")
+    model.to(args.device).eval()
     owners = scored_parameters(model)
     if args.method == "random":
         scores = {name: random_scores(name, model.get_parameter(name), args.seed) for name in owners}

@@ -21,6 +21,7 @@ import argparse
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,13 +51,13 @@ QUESTION = "What is the capital of France?"
 
 
 def fail(message):
-    """One line on stderr and exit code 2: something the user can mend."""
-    print(f"train.py: error: {message}", file=sys.stderr)
+    """One line on stderr, below any progress bar, and exit code 2: something the user can mend."""
+    tqdm.write(f"train.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", required=True, help="folder or hub name of the source model")
@@ -87,25 +88,40 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if min(args.steps, args.batch_size, args.micro_batch_size, args.log_every) < 1 or args.seq_len < 2:
         parser.error("--steps, --batch-size, --micro-batch-size, --log-every must be at least 1, --seq-len at least 2")
-    if args.lr <= 0 or args.weight_decay < 0 or not 0 <= args.warmup_ratio <= 1:
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.warmup_ratio <= 1):
         parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
+    if not args.max_grad_norm >= 0 or min(args.seed, args.eval_every, args.eval_tokens, args.save_every) < 0:
+        parser.error("--max-grad-norm, --seed, --eval-every, --eval-tokens and --save-every must be at least 0")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
+    parent = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        parser.error(f"--out {args.out}: no folder can be made there: {parent} is a file or not writable")
     return args
 
 
 def load_config(model):
-    """(config, folder with its config and tokenizer files) of a local folder or hub model. Reads no weight."""
+    """(config, tokenizer, folder with their files) of a local folder or hub model. Reads no weight."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         fail(f"--model {model}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
     except (OSError, ValueError) as error:
-        fail(f"--model {model}: {' '.join(str(error).split())[:300]}")
+        fail(f"--model {model}: {error}")
     if getattr(config, "quantization_config", None):
         fail(f"--model {model}: quantised weights cannot be trained in full; give the unquantised model")
-    return config, folder
+    return config, tokenizer, folder
+
+
+def load_model(model, **options):
+    """The causal LM in fp32, its files complete: a tensor that they lack would be random."""
+    model_, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True,
+                                                        trust_remote_code=False, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        fail(f"--model {model}: its files lack {sorted(info['missing_keys'])[:3]}")
+    return model_
 
 
 def fingerprint(model):
@@ -172,26 +188,30 @@ def sha256_of(paths):
 
 def read_texts(flag, path, tokenizer, templated):
     """Yields the documents of a data file as strings; chats (held-out text only) through the chat template."""
-    if path.suffix == ".parquet":
-        from datasets import load_dataset  # here, because it takes a second to import
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    else:
-        rows = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
-    for number, row in enumerate(rows, 1):
-        try:
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            from datasets import load_dataset  # here, because it takes a second to import
+            rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            rows = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+        for row in rows:
+            number += 1
             if path.suffix != ".parquet":
-                row = {"text": row.strip()} if path.suffix == ".txt" else json.loads(row)
-        except ValueError as error:
-            fail(f"{flag} {path}: line {number} is not JSON ({error})")
-        if templated and isinstance(row, dict) and row.get("messages"):
-            yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        elif not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            fail(f"{flag} {path}: line {number} has no `text`" + (" and no `messages`" if templated else ""))
-        elif row["text"]:
-            yield row["text"]
+                row = {"text": row.decode().strip()} if path.suffix == ".txt" else json.loads(row)
+            chat = isinstance(row, dict) and templated and row.get("messages")
+            if chat and tokenizer.chat_template and isinstance(chat, list) and isinstance(chat[0], dict):
+                yield tokenizer.apply_chat_template(chat, tokenize=False)
+            elif chat or not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                fail(f"{flag} {path}: line {number} has no `text`"
+                     + (" and no `messages` for which the tokenizer has a chat template" if templated else ""))
+            elif row["text"]:
+                yield row["text"]
+    except (ValueError, OSError, EOFError) as error:
+        fail(f"{flag} {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
 
 
-def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, templated=False):
+def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, at_least=1, templated=False):
     """Tokenises a data file once: (memmap of token ids [tokens], facts about the text). Reruns read the cached file.
 
     Every document gets the tokenizer's own BOS, if it has one, and ends with end-of-text. The dtype is the smallest of
@@ -204,13 +224,16 @@ def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, temp
     key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     tokens_path, facts_path = cache / f"{path.stem}-{key}.bin", cache / f"{path.stem}-{key}.json"
     if not facts_path.exists():  # written last, so its presence says that the tokens are complete
-        cache.mkdir(parents=True, exist_ok=True)
         facts = dict(data=str(path), key=key, dtype=dtype.name, documents=0, tokens=0, bytes=0, words=0)
-        temporary = tokens_path.with_suffix(".tmp")
+        temporary = tokens_path.with_suffix(f".{os.getpid()}.tmp")
+        texts = read_texts(flag, path, tokenizer, templated)
+        first = next(texts, None)
+        if first is None:
+            fail(f"{flag} {path}: no text in it")
+        cache.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                texts = read_texts(flag, path, tokenizer, templated)
-                for text in tqdm(texts, desc=f"tokenise {path.name}", unit="doc"):
+                for text in tqdm(itertools.chain([first], texts), desc=f"tokenise {path.name}", unit="doc"):
                     ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
                     ids += [end_of_text] * (ids[-1:] != [end_of_text])
                     file.write(np.array(ids, dtype).tobytes())
@@ -218,17 +241,25 @@ def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, temp
                     facts |= {name: facts[name] + count for name, count in counts.items()}
                 file.flush()
                 os.fsync(file.fileno())
-            if facts["tokens"] == 0:
-                fail(f"{flag} {path}: no text in it")
+            if facts["tokens"] < at_least:
+                fail(f"{flag} {path}: {facts['tokens']} tokens are too short for one block of {at_least}")
             os.replace(temporary, tokens_path)
             write_atomically(facts_path, json.dumps(facts))
         finally:
             temporary.unlink(missing_ok=True)
-    facts = json.loads(facts_path.read_text())
+            if not any(cache.iterdir()):
+                cache.rmdir()
+    try:
+        facts = json.loads(facts_path.read_text())
+        size = tokens_path.stat().st_size
+    except (ValueError, OSError) as error:
+        fail(f"{facts_path}: damaged ({error}); delete it and its .bin")
     if np.dtype(facts["dtype"]).itemsize < dtype.itemsize:
         fail(f"{tokens_path}: {facts['dtype']} cannot hold a vocabulary of {len(tokenizer):,}; delete it and its .json")
-    if tokens_path.stat().st_size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
+    if size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
         fail(f"{tokens_path}: not the {facts['tokens']:,} tokens that its .json promises; delete both")
+    if facts["tokens"] < at_least:
+        fail(f"{flag} {path}: {facts['tokens']} tokens are too short for one block of {at_least}")
     return np.memmap(tokens_path, facts["dtype"], "r"), facts
 
 
@@ -289,11 +320,14 @@ def heldout_loss(model, tokens, facts, args, autocast):
 
 def write_atomically(path, text):
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, step, model, optimizer, scaler, settings):
@@ -318,15 +352,16 @@ def save_checkpoint(path, step, model, optimizer, scaler, settings):
 
 def read_checkpoint_step(path, settings):
     """Step of a checkpoint. Raises SystemExit(2) when it belongs to a run with other settings, naming them."""
-    if not path.is_file():
-        fail(f"--resume: no checkpoint at {path}; leave --resume out to start")
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
+    if (metadata.get("format"), metadata.get("version")) != ("ssu-checkpoint", "1"):
+        fail(f"--resume: {path} is not a checkpoint of train.py; delete it and start anew")
     saved = json.loads(metadata["settings"])
     differing = [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in saved | settings
                  if saved.get(key) != settings.get(key)]
     if differing:
-        fail(f"--resume: {path} belongs to a run with other settings: {'; '.join(differing)}")
+        fail(f"--resume: {path} belongs to a run with other settings: {'; '.join(differing)}. Run as before, or "
+             "delete it to start anew")
     return int(metadata["step"])
 
 
@@ -386,6 +421,15 @@ def peak_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def git_commit():
+    """The commit of this script, with -dirty where files were changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
 
 
 def train(args, model, masks, tokens, heldout, settings, start):
@@ -467,11 +511,12 @@ def train(args, model, masks, tokens, heldout, settings, start):
 
 def run(args):
     checkpoint, final = args.out / "checkpoint/state.safetensors", args.out / "model"
-    config, folder = load_config(args.model)
+    if args.resume and not checkpoint.is_file():
+        fail(f"--resume: no checkpoint at {checkpoint}; leave --resume out to start")
+    config, tokenizer, folder = load_config(args.model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     vocabulary, embeddings = tokenizer.get_vocab(), skeleton.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {embeddings:,} rows")
@@ -485,13 +530,11 @@ def run(args):
     tokenizer_files = [f for f in folder.iterdir()
                        if f.is_file() and f.name.startswith(("tokenizer", "chat_template", "vocab", "merges"))]
     read = functools.partial(token_file, tokenizer=tokenizer, tokenizer_sha256=sha256_of(tokenizer_files),
-                             end_of_text=vocabulary[end_of_text], cache=args.out.parent / "tokens")
+                             end_of_text=vocabulary[end_of_text], cache=args.out.parent / "tokens",
+                             at_least=args.seq_len)
     tokens, facts = read("--data", args.data)
     heldout = {side: read(f"--{side}-eval", path, templated=side == "source")
                for side, path in (("source", args.source_eval), ("target", args.target_eval)) if path}
-    for flag, found in (("--data", tokens), *((f"--{side}-eval", found) for side, (found, _) in heldout.items())):
-        if len(found) < args.seq_len:
-            fail(f"{flag}: {len(found)} tokens are too short for one block of {args.seq_len}")
     num_blocks = len(tokens) // args.seq_len
 
     # What a resumed run must have in common with the interrupted one to reach the same bits.
@@ -502,7 +545,8 @@ def run(args):
         "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
         "precision", "seed", "gradient_checkpointing")}
     settings |= {
-        "model": getattr(config, "_commit_hash", None) or sha256_of(folder.glob("*.safetensors")),
+        "model": getattr(config, "_commit_hash", None) or sha256_of(
+            f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model")),
         "data": facts["key"], "mask": digest.hexdigest() if masks else None,
         "device": device.type, "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__, "transformers": transformers.__version__}
@@ -532,19 +576,19 @@ def run(args):
         fail(f"these need {16 * count / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
-                                                 attn_implementation="flash_attention_2" if flash else "sdpa")
+    model = load_model(args.model, attn_implementation="flash_attention_2" if flash else "sdpa")
     model.to(device).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
     train(args, model, masks, tokens, heldout, settings, start)
 
     # Proof before the save: what was frozen is what it was.
     model.zero_grad(set_to_none=True)
-    source = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
+    source = load_model(args.model)
     frozen, updatable, moved = compare_with_source(model, masks, source)
+    dtype = config.dtype or torch.float32
+    if any(not torch.equal(p.to(dtype).float(), p) for p in source.parameters()):
+        dtype = torch.float32  # the files are finer than config.json says: rounding would move frozen weights
     del source
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source; "
           f"{moved / updatable:.2%} of {updatable:,} updatable ones moved")
@@ -553,11 +597,11 @@ def run(args):
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         fail("the trained weights are not finite; nothing is saved. Lower --lr, or check the data")
     temporary = final.with_name("model.tmp")  # gets its name when all else is done, so that a kill leaves no doubt
-    answer = save_model(model, folder, temporary, config.dtype or torch.float32)
+    answer = save_model(model, folder, temporary, dtype)
     with open(args.out / "train.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"summary": {
             "frozen_verified": frozen, "updatable": updatable, "moved": moved, "answer": answer,
-            "peak_memory": peak_memory(device), "commit": git.stdout.strip() or "unknown"}}) + "\n")
+            "peak_memory": peak_memory(device), "commit": git_commit()}}) + "\n")
     os.replace(temporary, final)
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
     print(f"the saved model, asked {QUESTION!r}, says: {answer!r}")
@@ -570,7 +614,7 @@ def main(argv=None):
     try:
         run(args)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written, a damaged file
-        fail(f"{error}; what was written before is intact")
+        fail(f"{error} (what was written before is intact)")
 
 
 if __name__ == "__main__":

@@ -424,7 +424,8 @@ def main(argv=None):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             replace_with(args.out / name, lambda f, lines=lines: f.writelines(lines))
             listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
-        if not all((args.out / "model" / name).exists() for name in MODEL_FILES):
+        made = [args.out / "model" / name for name in MODEL_FILES]
+        if not all(path.exists() and path.stat().st_mtime > gguf.stat().st_mtime for path in made):
             convert_model(gguf, args.out / "model")
         listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
         for name, entry in listed.items():

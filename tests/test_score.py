@@ -138,8 +138,10 @@ def test_quantised_model_is_refused(olmo2, chats, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content,message", [
-    ("", "do not fill one sequence"), ("{\"text\": \"a\"}\nnot json\n", "line 2 is not JSON"),
-    ("{\"body\": \"a\"}\n", "row 1 has neither"), ("{\"text\": \"short\"}\n", "do not fill one sequence")])
+    ("", "do not fill one sequence"), ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+    ('{"body": "a"}\n', "row 1 has neither"), ('{"messages": "hello"}\n', "row 1 has neither"),
+    ('{"messages": [1]}\n', "row 1 has neither"), ('{"instruction": "a"}\n', "row 1 has neither"),
+    ('{"text": "short"}\n', "do not fill one sequence")])
 def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text(content)

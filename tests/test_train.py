@@ -276,6 +276,15 @@ def test_resume_under_other_settings_is_refused(olmo2, llama, mask, text, tmp_pa
     assert "finished model" in refused(capsys, *base)
 
 
+def test_foreign_checkpoint_is_refused(olmo2, mask, text, checkpointed, capsys):
+    state = checkpointed / "checkpoint/state.safetensors"
+    base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
+    state.write_bytes(mask.read_bytes())
+    assert "not a checkpoint of train.py" in refused(capsys, *base)
+    state.write_bytes(mask.read_bytes()[:-9])
+    assert "intact" in refused(capsys, *base)
+
+
 def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
     assert "no checkpoint" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--resume"))
     assert not (tmp_path / "out").exists()
@@ -283,13 +292,61 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
 
 @pytest.mark.parametrize("content,message", [
     (None, "no such file"), ("", "no text"), ('{"text": "a"}\n{broken\n', "line 2 is not JSON"),
+    ('{"text": "a"}\n{"text": "\udcff"}\n', "line 2 is not JSON in UTF-8"),
     ('{"messages": []}\n', "no `text`"), ("[1]\n", "no `text`"), ('{"text": "short"}\n', "too short for one block")])
 def test_bad_training_text(content, message, olmo2, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     if content is not None:
-        data.write_text(content)
+        data.write_bytes(content.encode(errors="surrogateescape"))
     assert message in refused(capsys, *arguments(olmo2, data, tmp_path / "run/out"))
-    assert not (tmp_path / "run/out").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path != data] == []  # nothing was written
+
+
+def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, capsys):
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": "Hello"}])
+    archive = tmp_path / "a.jsonl.gz"
+    archive.write_bytes(b"no gzip")
+    out = tmp_path / "out"
+    for extra, message in ((["--source-eval", chats], "line 1 has no `text`"), (["--data", archive], "damaged"),
+                           (["--lr", "nan"], "--lr"), (["--max-grad-norm", "-1"], "--max-grad-norm"),
+                           (["--seed", "-1"], "--seed"), (["--device", "cuda"], "no GPU")):
+        if extra[0] == "--device" and torch.cuda.is_available():
+            continue
+        assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
+    assert not out.exists()
+
+
+def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
+    """A tensor that the files lack would be random; a pickle is never read."""
+    model = tiny_model(tmp_path / "m", "olmo2")
+    tensors = load_file(model / "model.safetensors")
+    missing = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "lack ['model.layers.0.mlp.up_proj.weight']" in refused(capsys, *arguments(model, text, tmp_path / "out"))
+    argv = ["--model", str(model), "--method", "magnitude", "--out", str(tmp_path / "scores")]
+    for main, more in ((score.main, argv),):
+        with pytest.raises(SystemExit):
+            main(more)
+    assert "lack ['model.layers.0.mlp.up_proj.weight']" in capsys.readouterr().err
+    (model / "model.safetensors").unlink()
+    torch.save(tensors | {"model.layers.0.mlp.up_proj.weight": missing}, model / "pytorch_model.bin")
+    assert "safetensors" in refused(capsys, *arguments(model, text, tmp_path / "out"))
+    with pytest.raises(SystemExit):
+        score.main(argv)
+    assert "safetensors" in capsys.readouterr().err and not (tmp_path / "scores").exists()
+
+
+def test_files_finer_than_the_config_says_keep_their_frozen_bits(chats, text, tmp_path):
+    """fp32 weights under a config that says bfloat16: what is saved must not be rounded."""
+    model = tiny_model(tmp_path / "source", "olmo2")
+    config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (model / "config.json").write_text(json.dumps(config))
+    masks = make_masks(model, chats, tmp_path)
+    train.main(arguments(model, text, tmp_path / "out", "--mask", masks, "--steps", "3"))
+    source, trained, masks = load_file(model / "model.safetensors"), weights(tmp_path / "out"), load_file(masks)
+    for name, mask in masks.items():
+        keep = mask.expand(source[name].shape) == 0
+        assert torch.equal(source[name][keep], trained[name][keep]), name
 
 
 def rewritten(mask, path, change):
@@ -323,7 +380,7 @@ def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, c
 def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
     assert "no such folder" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
+    assert "is a file" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
 
 
 def test_vocabulary_beyond_the_token_file(olmo2, text, tmp_path, capsys):
