@@ -462,7 +462,7 @@ def report(folders, chosen, out):
         columns = [c for c in COLUMNS if c[0] == side and ("source", c[2]) in value]
         table = [[title, *(c[1] for c in columns)]]
         for m in evals if columns else ():
-            table.append([names[m] + (f" ({len(evals[m])} of them)" if len(evals[m]) < len(folders) else "")])
+            table.append([names[m] + (f" (n={len(evals[m])})" if len(evals[m]) < len(folders) else "")])
             for _, _, path, digits in columns:
                 mean, base = statistics.fmean(value[m, path]), statistics.fmean(value["source", path])
                 sd = f" ± {statistics.stdev(value[m, path]):.{digits}f}" if len(value[m, path]) > 1 else ""

@@ -20,7 +20,7 @@ for method in $METHODS; do case $method in fft|ssu-wanda|ssu-mag|ssu-rand) ;; *)
 [[ $RATIO =~ ^(0(\.[0-9]+)?|1(\.0+)?)$ ]] || fail "RATIO=$RATIO must lie between 0 and 1"
 [[ "$RUNS$DATA_DIR$MODEL" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR and MODEL must be paths without spaces"
 en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
-echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed; @MINUTES@ minutes on two cores"
+echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed; about 15 minutes on two cores"
 
 . ./setup.sh requirements.txt data/requirements.txt
 
