@@ -44,6 +44,7 @@ fi
 for file in $en/{calibration,heldout,mmlu.test} $target/{train,heldout,mmlu.test,flores.dev,flores.devtest}; do
     [ -s "$file.jsonl" ] || fail "$file.jsonl is missing or empty: data/README.md says what belongs there"
 done
+[[ -d $MODEL || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] || fail "MODEL=$MODEL: no such folder"
 if [ -d "$MODEL" ]; then model_sha256=$(cat "$MODEL"/*.{safetensors,json,jinja} 2>/dev/null | sha256sum); fi
 evaluation="--lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 --batch-tokens 16384 --dtype bfloat16"
 

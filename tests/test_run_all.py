@@ -22,10 +22,17 @@ def test_usage_names_the_five_languages(argv):
     assert all(name in done.stderr for name in ("usage", "ne ", "ky ", "am ", "ha ", "ig "))
 
 
-def test_unknown_method_is_refused_before_anything_runs(tmp_path):
-    done = run_all("ne", METHODS="fft ssu-best", RUNS=str(tmp_path / "runs"))
-    assert done.returncode == 2 and "ssu-best" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("setting,value", [
+    ("METHODS", "fft ssu-best"), ("STEPS", "many"), ("SEED", "-1"), ("RATIO", "2"), ("MODEL", "./nowhere"),
+    ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
+def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, folder, tmp_path):
+    settings = dict(RUNS=str(tmp_path), MODEL=str(folder / "model"), DATA_DIR=str(folder / "data")) | {setting: value}
+    kept = tmp_path / "ne/source/eval.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of an earlier run")
+    done = run_all("ne", **settings)
+    assert done.returncode == 2 and value.split()[-1] in done.stderr and len(done.stderr.splitlines()) == 1
+    assert kept.read_text() == "of an earlier run"
 
 
 @pytest.fixture(scope="module")
