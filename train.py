@@ -117,11 +117,11 @@ def load_config(model):
 
 def load_model(model, **options):
     """The causal LM in fp32, its files complete: a tensor that they lack would be random."""
-    model_, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True,
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True,
                                                         trust_remote_code=False, output_loading_info=True, **options)
     if info["missing_keys"]:
         fail(f"--model {model}: its files lack {sorted(info['missing_keys'])[:3]}")
-    return model_
+    return loaded
 
 
 def fingerprint(model):
