@@ -1,18 +1,26 @@
-"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2).
+"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2); and every other static mask.
 
 Within each scored parameter the columns are ranked by their importance S_j (score.py) and the top k% are frozen:
     B_j = 0 (freeze) for the int(k * columns) highest, 1 (update) for all others.
 Nothing is compared across parameters, so each has the same share frozen. Of equal scores the lower index freezes first.
-The mask is stored in the smallest shape that broadcasts onto its parameter, uint8: [1, d_in] for a matrix, [d] for a
-1-D parameter. It needs no model, no GPU and a second of time.
+The mask is stored in the smallest shape that broadcasts onto its parameter, uint8: [1, d_in] for columns of a matrix,
+[d_out, 1] for rows, [d_out, d_in] for elements, [1, 1] for a whole matrix, [d] or [1] for a 1-D parameter.
 
     python make_mask.py --scores runs/ne/scores-wanda.safetensors --out runs/ne/ssu-wanda/mask.safetensors --ratio 0.5
+
+LoTA (Section 6) updates the weights that went furthest, so it freezes the lowest scores:
+    python make_mask.py --scores runs/ne/scores-delta-element.safetensors --freeze lowest --ratio 0.9 --out MASK
+HFT (Section 4.4) and S2FT (Section 6) need no scores, only the names and shapes of a model:
+    python make_mask.py --method hft --model data/embedded/model --out runs/ne/hft/mask.safetensors
+How far do two masks freeze the same weights? The Jaccard index for each matrix:
+    python make_mask.py --compare runs/ne/ssu-wanda/mask.safetensors runs/ne/ssu-rand/mask.safetensors
 """
 import argparse
 import hashlib
 import json
 import math
 import os
+import random
 import re
 import sys
 from collections import defaultdict
@@ -21,58 +29,225 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 
 def fail(message):
     """One line on stderr and exit code 2: something the user can mend."""
-    print(f"make_mask.py: error: {message}", file=sys.stderr)
+    print(f"make_mask.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("make_mask.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scores", required=True, type=Path, help="scores-<method>.safetensors of score.py")
-    parser.add_argument("--out", required=True, type=Path, help="mask.safetensors to write")
-    parser.add_argument("--ratio", type=float, default=0.5, help="k: share of columns to freeze, 0 to 1 (paper: 0.5)")
+    parser.add_argument("--scores", type=Path, help="scores-<method>.safetensors of score.py")
+    parser.add_argument("--method", choices=["hft", "s2ft-down", "s2ft-down-output"], help="a mask without scores")
+    parser.add_argument("--model", help="with --method: folder or hub name of the source model")
+    parser.add_argument("--out", type=Path, help="mask.safetensors to write")
+    parser.add_argument("--ratio", type=float,
+                        help="k: share to freeze, 0 to 1 (default as in the paper: 0.5; for s2ft 0.985)")
+    parser.add_argument("--freeze", choices=["highest", "lowest"], default="highest", help="LoTA: lowest")
+    parser.add_argument("--freeze-chat-tokens", action="store_true", help="freeze also the rows of embeddings and head "
+                        "of the tokens that the chat template writes, as the authors' code does")
+    parser.add_argument("--seed", type=int, default=42, help="of hft and s2ft, which choose at random")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="MASK", help="print the overlap of two masks, no more")
     args = parser.parse_args(argv)
+    if args.compare:
+        return args
+    if bool(args.scores) == bool(args.method):
+        parser.error("give --scores FILE, or --method with --model, or --compare with two masks")
+    if bool(args.method) != bool(args.model):
+        parser.error("--method and --model belong together; --scores knows its model")
+    if not args.out:
+        parser.error("--out is missing: the mask.safetensors to write")
+    if args.ratio is None:
+        args.ratio = 0.985 if (args.method or "").startswith("s2ft") else 0.5
     if not 0 <= args.ratio <= 1:
         parser.error(f"--ratio {args.ratio}: must lie between 0 (nothing frozen) and 1 (all scored parameters frozen)")
-    if args.out.absolute() == args.scores.absolute():
+    if args.scores and args.out.absolute() == args.scores.absolute():
         parser.error("--out is the scores file: name another one")
     return args
 
 
+def load_skeleton(model):
+    """(the model without weights, on the meta device; its tokenizer) of a local folder or hub model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # here: it takes seconds to import
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fail(f"model {model}: {error}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def embeddings_and_head(model):
+    """Names of the parameters that are always updated (Section 3.1); a tied head has none of its own."""
+    head = model.get_output_embeddings()
+    ids = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) or module is head
+           for p in module.parameters(recurse=False)}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(shapes):
+    """Identity of an architecture: sha256 over its sorted "name shape" lines, e.g. "model.norm.weight 576"."""
+    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def read_scores(path):
-    """Reads scores written by score.py: ({name: float32 [columns]}, metadata). Raises SystemExit(2) if unfit."""
+    """Reads scores written by score.py: ({name: float32 scores}, metadata, {name: shape of every parameter}).
+
+    Raises SystemExit(2) if they are unfit."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             scores = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         fail(f"--scores {path}: cannot be read ({error}); make it again with score.py")
-    kind = (metadata.get("format"), metadata.get("version"), metadata.get("axis"))
-    if kind != ("ssu-scores", "1", "column") or "shapes" not in metadata or not scores:
-        fail(f"--scores {path}: not column scores of version 1; make them again with score.py")
+    axis = metadata.get("axis")
+    known = (metadata.get("format"), metadata.get("version")) == ("ssu-scores", "1")
+    if not known or axis not in ("column", "row", "element") or "shapes" not in metadata or not scores:
+        fail(f"--scores {path}: not a scores file of version 1; make it again with score.py")
     shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    if hashlib.sha256("\n".join(lines).encode()).hexdigest() != metadata["fingerprint"]:
+    if fingerprint(shapes) != metadata["fingerprint"]:
         fail(f"--scores {path}: its shapes do not match its fingerprint; make it again with score.py")
     for name, score in scores.items():
-        if name not in shapes or score.shape != shapes[name][-1:]:
+        shape = shapes.get(name, ())
+        expected = shape if axis == "element" else shape[-1:] if axis == "column" else shape[:1]
+        if not shape or score.shape != expected:
             fail(f"--scores {path}: {name} {list(score.shape)} does not fit its model; make it again with score.py")
         if not torch.isfinite(score).all():
             fail(f"--scores {path}: {name} holds scores that are not finite; make it again with score.py")
     return scores, metadata, shapes
 
 
-def column_mask(scores, ratio):
-    """uint8 [columns] with 0 for the int(ratio * columns) highest scores and 1 elsewhere (Section 3.2).
+def top_mask(scores, ratio, freeze="highest"):
+    """uint8 in the shape of scores, 0 for the int(ratio * n) highest (or lowest) and 1 elsewhere (Section 3.2).
 
     The sort is stable, so equal scores freeze in index order and the mask is the same everywhere."""
-    mask = torch.ones(len(scores), dtype=torch.uint8)
-    mask[torch.sort(scores, descending=True, stable=True).indices[: int(ratio * len(scores))]] = 0
-    return mask
+    mask = torch.ones(scores.numel(), dtype=torch.uint8)
+    order = torch.sort(scores.flatten(), descending=freeze == "highest", stable=True).indices
+    mask[order[: int(ratio * len(order))]] = 0
+    return mask.view(scores.shape)
+
+
+def broadcasting(mask, axis, shape):
+    """A mask of columns [d_in] or rows [d_out] as [1, d_in] or [d_out, 1]; of elements or 1-D parameters as it is."""
+    return mask if axis == "element" or len(shape) == 1 else mask[None] if axis == "column" else mask[:, None]
+
+
+def whole(p, update):
+    """A mask that freezes (0) or updates (1) all of a parameter: uint8 [1, 1], or [1] for a 1-D one."""
+    return torch.full((1,) * p.dim(), update, dtype=torch.uint8)
+
+
+def hft_masks(model, always_updated, ratio, seed):
+    """HFT (Section 4.4; Hui et al. 2025): whole modules, chosen at random, are frozen in every layer.
+
+    At ratio 0.5: two of q k v o; two of up down gate in a random half of the layers and one in the others; half of the
+    norms. At any ratio int(ratio * n * layers) of a group of n modules a layer, as even over the layers as can be.
+    A bias goes with its matrix. What is in no layer (the last norm) is updated. -> {name: uint8 [1, 1] or [1]}"""
+    groups = defaultdict(lambda: defaultdict(list))  # "self_attn", "mlp" or "norm" -> layer -> names of modules
+    for name, module in model.named_modules():
+        layer = re.search(r"\.(\d+)\.(.*)", name)
+        if layer and next(module.parameters(recurse=False), None) is not None:
+            is_matrix = isinstance(module, torch.nn.Linear)
+            if not is_matrix and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+                fail(f"{name} in {type(module).__name__}: HFT knows nn.Linear matrices and norms, no fused experts")
+            groups[layer[2].rpartition(".")[0] if is_matrix else "norm"][int(layer[1])].append(name)
+    rng, frozen = random.Random(seed), set()
+    for layers in groups.values():
+        each, left = divmod(int(ratio * sum(map(len, layers.values()))), len(layers))
+        one_more = rng.sample(sorted(layers), left)
+        for layer, names in layers.items():
+            frozen |= set(rng.sample(names, each + (layer in one_more)))
+    return {name: whole(p, name.rpartition(".")[0] not in frozen)
+            for name, p in model.named_parameters() if name not in always_updated}
+
+
+def s2ft_masks(model, ratio, seed, output):
+    """S2FT (Section 6, Table 8; Yang et al. 2024): all is frozen, embeddings and head too, but 1 - ratio of the input
+    channels of each down_proj and, with output, that share of o_proj's heads, at least one; both drawn at random."""
+    masks = {name: whole(p, 0) for name, p in model.named_parameters()}
+    rng, heads = random.Random(seed), model.config.num_attention_heads
+    for name, p in model.named_parameters():
+        d_in = p.shape[-1]
+        if name.endswith("down_proj.weight"):
+            chosen = rng.sample(range(d_in), int((1 - ratio) * d_in))
+        elif name.endswith("o_proj.weight") and output:
+            size = d_in // heads
+            chosen = [head * size + i for head in rng.sample(range(heads), max(1, round((1 - ratio) * heads)))
+                      for i in range(size)]
+        else:
+            continue
+        masks[name] = torch.zeros(1, d_in, dtype=torch.uint8)
+        masks[name][0, chosen] = 1
+    if not any(mask.any() for mask in masks.values()):
+        fail(f"--method s2ft --ratio {ratio}: trains nothing: this model has no down_proj, or too few channels")
+    return masks
+
+
+def chat_token_ids(tokenizer):
+    """Sorted ids of the tokens that the chat template itself writes around a system's, user's and assistant's turn."""
+    from jinja2 import TemplateError
+    turns = [{"role": role, "content": "CONTENT"} for role in ("system", "user", "assistant", "user")]
+    for chat in (turns, turns[1:]):  # some templates know no system turn
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            continue
+        pieces = text.split("CONTENT")
+        return sorted({i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]})
+    fail("--freeze-chat-tokens: the chat template takes no chat of a user's and an assistant's turns")
+
+
+def jaccard(a, b):
+    """|frozen by both| / |frozen by either| of masks that broadcast onto one parameter; NaN if nothing is frozen."""
+    a, b = torch.broadcast_tensors(a == 0, b == 0)
+    return ((a & b).sum() / (a | b).sum()).item()
+
+
+def read_mask(path):
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, masks = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        fail(f"--compare {path}: cannot be read ({error}); make it again with make_mask.py")
+    if (metadata.get("format"), metadata.get("version")) != ("ssu-mask", "1"):
+        fail(f"--compare {path}: not a mask file of version 1; make it with make_mask.py")
+    return masks, metadata
+
+
+def compare(path_a, path_b):
+    """Prints the Jaccard index of what two masks freeze: a row for each layer, a column for each kind of parameter."""
+    (a, about_a), (b, about_b) = map(read_mask, (path_a, path_b))
+    if about_a["fingerprint"] != about_b["fingerprint"]:
+        fail(f"--compare: made for models that differ, {about_a['model']} and {about_b['model']}")
+    table, kinds = defaultdict(dict), {}
+    for name in sorted(a.keys() & b.keys(), key=list(a).index):
+        layer = re.search(r"\.(\d+)\..*?([^.]+)\.(weight|bias)$", name)
+        if layer:
+            kind = layer[2] if layer[3] == "weight" else f"{layer[2]}.bias"
+            table[int(layer[1])][kind] = jaccard(a[name], b[name])
+            kinds[kind] = max(6, len(kind))
+    shares = [1 - sum(m.float().mean().item() for m in masks.values()) / len(masks) for masks in (a, b)]
+    chance = math.prod(shares) / max(1e-9, sum(shares) - math.prod(shares))
+    print(f"Jaccard index of the weights frozen by {about_a['method']} ({path_a}) and {about_b['method']} ({path_b})")
+    print(f"two random masks that freeze as much: {chance:.3f}; the same mask: 1")
+    print("layer " + " ".join(f"{kind:>{width}}" for kind, width in kinds.items()))
+    rows = {str(layer): row for layer, row in sorted(table.items())}
+    for kind in kinds:
+        found = [row[kind] for row in table.values() if kind in row and not math.isnan(row[kind])]
+        rows.setdefault("mean", {})[kind] = sum(found) / len(found) if found else math.nan
+    for label, row in rows.items():
+        print(f"{label:>5} " + " ".join(f"{row.get(kind, math.nan):>{width}.3f}" for kind, width in kinds.items()))
 
 
 def frozen_table(masks, shapes, ratio):
@@ -85,10 +260,10 @@ def frozen_table(masks, shapes, ratio):
         kind = kinds[re.sub(r"\.\d+\.", ".*.", name)]
         kind[:] = [a + b for a, b in zip(kind, row, strict=True)]
     total = [sum(column) for column in zip(*kinds.values(), strict=True)]
-    lines = [f"{'kind':<52} {'number':>6} {'columns':>9} {'frozen':>9} {'asked':>6} {'obtained':>8}"]
+    lines = [f"{'kind':<52} {'number':>6} {'columns':>11} {'frozen':>11} {'asked':>6} {'obtained':>8}"]
     for kind, (number, columns, frozen, weights, weights_frozen) in [*kinds.items(), ("all scored parameters", total)]:
         share = weights_frozen / weights
-        lines.append(f"{kind:<52} {number:>6} {columns:>9,} {frozen:>9,} {ratio:>6.1%} {share:>8.2%}")
+        lines.append(f"{kind:<52} {number:>6} {columns:>11,} {frozen:>11,} {ratio:>6.1%} {share:>8.2%}")
     everything = sum(math.prod(shape) for shape in shapes.values())
     lines.append(f"of all {everything:,} weights, embeddings and head (never frozen) included: "
                  f"{total[4] / everything:.2%} frozen")
@@ -112,22 +287,51 @@ def save_atomically(tensors, path, metadata):
 
 def main(argv=None):
     args = parse_args(argv)
-    scores, source, shapes = read_scores(args.scores)
-    print(f"freeze the {args.ratio:.1%} highest {source['method']} columns of {len(scores)} parameters of "
-          f"{source['model']}")
+    if args.compare:
+        return compare(*args.compare)
+    if args.scores:
+        scores, about, shapes = read_scores(args.scores)
+        about = {key: about[key] for key in ("method", "axis", "model", "fingerprint", "seed", "shapes")}
+        about["scores_sha256"] = sha256_of(args.scores)
+        print(f"freeze the {args.ratio:.1%} {args.freeze} {about['method']} scores, one for each {about['axis']}, of "
+              f"{len(scores)} parameters of {about['model']}")
+    else:
+        print(f"freeze {args.ratio:.1%} of {args.model} by {args.method}, at random with seed {args.seed}")
+    if args.method or args.freeze_chat_tokens:
+        skeleton, tokenizer = load_skeleton(args.model or about["model"])
+        always_updated = embeddings_and_head(skeleton)
+    if args.method:
+        shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+        about = {"method": args.method, "axis": "module" if args.method == "hft" else "column", "model": args.model,
+                 "fingerprint": fingerprint(shapes), "seed": str(args.seed),
+                 "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
 
-    masks = {name: column_mask(score, args.ratio) for name, score in scores.items()}
+    if args.scores:
+        masks = {name: broadcasting(top_mask(score, args.ratio, args.freeze), about["axis"], shapes[name])
+                 for name, score in tqdm(scores.items(), desc="mask", unit="parameter")}
+    elif args.method == "hft":
+        masks = hft_masks(skeleton, always_updated, args.ratio, args.seed)
+    else:
+        masks = s2ft_masks(skeleton, args.ratio, args.seed, output=args.method == "s2ft-down-output")
+    if args.freeze_chat_tokens:
+        ids = chat_token_ids(tokenizer) if tokenizer.chat_template else fail("the tokenizer has no chat template")
+        print(f"rows of embeddings and head frozen, {len(ids)} tokens: {tokenizer.convert_ids_to_tokens(ids)}")
+        about["chat_tokens"] = json.dumps(ids)
+        if about["fingerprint"] != fingerprint({name: p.shape for name, p in skeleton.named_parameters()}):
+            fail(f"--scores {args.scores}: made for another model than {about['model']} now is; make it again")
+        rows = skeleton.get_input_embeddings().num_embeddings
+        for name in sorted(always_updated - masks.keys()):
+            if shapes[name][0] == rows:  # position embeddings have no row for a token
+                masks[name] = torch.ones(rows, *[1] * (len(shapes[name]) - 1), dtype=torch.uint8)
+                masks[name][ids] = 0
     lines, frozen_fraction = frozen_table(masks, shapes, args.ratio)
     print("\n".join(lines))
 
-    masks = {name: mask[None] if len(shapes[name]) == 2 else mask for name, mask in masks.items()}  # [1, d_in] or [d]
-    carried = {key: source[key] for key in ("method", "axis", "model", "fingerprint", "seed", "shapes")}
     save_atomically(masks, args.out, {
-        "format": "ssu-mask", "version": "1", **carried, "ratio": str(args.ratio),
-        "frozen_fraction": f"{frozen_fraction:.6f}",
-        "scores_sha256": hashlib.sha256(args.scores.read_bytes()).hexdigest()})
+        "format": "ssu-mask", "version": "1", **about, "ratio": str(args.ratio), "freeze": args.freeze,
+        "frozen_fraction": f"{frozen_fraction:.6f}"})
     print(f"mask: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
-    print(f"next: python train.py --model {source['model']} --mask {args.out} --data TEXT --out {args.out.parent}")
+    print(f"next: python train.py --model {about['model']} --mask {args.out} --data TEXT --out {args.out.parent}")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,28 @@
 
 A frozen instruct model reads source-language (English) calibration text once. Every weight gets Wanda's importance
     s_ij = |theta_ij| * ||X_j||_2,        X_j: the j-th input feature over all calibration tokens,
-and every column, i.e. input feature, the sum of its weights' importances
-    S_j = sum_i s_ij = ||X_j||_2 * sum_i |theta_ij|.
-In a 1-D parameter each element is a column of its own. What X is for each kind of parameter:
+and every column, i.e. input feature, the sum of its weights' importances, S_j = sum_i s_ij. In a 1-D parameter each
+element is a column of its own. What X is for each kind of parameter:
     matrix of nn.Linear [d_out, d_in]   the layer's input
     norm weight [d]                     the normalised input, before the weight: that is what the weight multiplies
     bias [d]                            the constant 1, so ||X_j||_2 = sqrt(tokens) and the ranking is that of |b_j|
 Embeddings and the LM head are always trained (Section 3.1), so they are not scored.
 
+--method chooses another s_ij (element_scores, fisher_scores), --axis another sum: over the weights of a row, or none
+(Table 3). Scores of --axis element are as large as the model in fp32.
+
 The text is packed: chats in the model's own template, shuffled by --seed, concatenated and cut into --num-samples
-sequences of --seq-len tokens without padding. One forward pass of the decoder, without its head, is all it takes.
+sequences of --seq-len tokens without padding. One forward pass of the decoder, without its head, is all it takes;
+fim needs a backward pass for each sequence.
 
 Tiny, on a CPU:
     python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \
         --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
 The paper's setting, on one GPU:
     python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu.jsonl --out runs/ne/scores-wanda.safetensors
+For LoTA (Section 6), how far each weight went in 100 steps of full fine-tuning:
+    python score.py --model data/embedded/model --method delta --axis element --adapted runs/ne/lota-calibration/model \
+        --out runs/ne/scores-delta-element.safetensors
 """
 import argparse
 import copy
@@ -30,12 +36,15 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+CALIBRATED = ("wanda", "sparsegpt", "fim")  # the methods that read calibration text
 
 
 def fail(message):
@@ -48,20 +57,28 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("score.py", argparse.SUPPRESS, __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of the source model")
-    parser.add_argument("--data", help="calibration text (wanda only): .jsonl, .jsonl.gz or .parquet with messages, "
-                        "instruction/output or text; or .txt, a document a line")
+    parser.add_argument("--data", help="calibration text (wanda, sparsegpt, fim): .jsonl, .jsonl.gz or .parquet with "
+                        "messages, instruction/output or text; or .txt, a document a line")
     parser.add_argument("--out", required=True, type=Path, help="scores-<method>.safetensors to write")
-    parser.add_argument("--method", choices=["wanda", "magnitude", "random"], default="wanda")
+    parser.add_argument("--method", default="wanda",
+                        choices=["wanda", "magnitude", "random", "sparsegpt", "fim", "delta"])
+    parser.add_argument("--axis", choices=["column", "row", "element"], default="column",
+                        help="what is scored as one: an input feature (default), an output feature, or each weight")
+    parser.add_argument("--adapted", help="delta only: folder of the adapted model")
     parser.add_argument("--num-samples", type=int, default=500, help="calibration sequences (paper: 500)")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a calibration sequence (paper: 2,048)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences in a forward pass")
     parser.add_argument("--seed", type=int, default=42, help="order of the calibration rows; the random scores")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU (sums are float32 always)")
+                        help="of the forward pass; auto: bfloat16 on a GPU, else, and for delta, float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.method == "wanda" and not args.data:
-        parser.error("--method wanda reads calibration text: add --data FILE")
+    if args.method in CALIBRATED and not args.data:
+        parser.error(f"--method {args.method} reads calibration text: add --data FILE")
+    if (args.method == "delta") != bool(args.adapted):
+        parser.error("--method delta and --adapted FOLDER belong together")
+    if args.method == "sparsegpt" and args.axis == "row":
+        parser.error("--method sparsegpt gives all rows of a matrix the same score: choose --axis column or element")
     if min(args.num_samples, args.seq_len, args.batch_size) < 1:
         parser.error("--num-samples, --seq-len and --batch-size must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -73,17 +90,17 @@ def parse_args(argv):
     return args
 
 
-def load_config(model):
+def load_config(model, flag="--model"):
     """(config, tokenizer) of a local folder or hub model; refuses what is missing or quantised. Reads no weight."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
-        fail(f"--model {model}: no such folder")
+        fail(f"{flag} {model}: no such folder")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        fail(f"--model {model}: {error}")
+        fail(f"{flag} {model}: {error}")
     if getattr(config, "quantization_config", None):
-        fail(f"--model {model}: quantised weights cannot be scored; give the unquantised model")
+        fail(f"{flag} {model}: quantised weights cannot be scored; give the unquantised model")
     return config, tokenizer
 
 
@@ -105,6 +122,18 @@ def read_rows(path):
                     yield {"text": line.decode().strip()} if path.suffix == ".txt" else json.loads(line)
     except (ValueError, OSError, EOFError) as error:
         fail(f"--data {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
+
+
+def load_model(model, device, dtype):
+    """The causal LM in eval mode, its files complete: a tensor that they lack would be random."""
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True,
+                                                            trust_remote_code=False, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        fail(f"{model}: {error}")
+    if info["missing_keys"]:
+        fail(f"{model}: its files lack {sorted(info['missing_keys'])[:3]}")
+    return loaded.to(device).eval()
 
 
 def is_chat(messages):
@@ -233,17 +262,52 @@ def input_norms(model, owners, tokens, batch_size):
     return norms
 
 
-def column_scores(weight, x_norm):
-    """S_j = sum_i |theta_ij| * ||X_j||_2, float32 (Section 3.2). weight [d_out, d_in] with x_norm [d_in] -> [d_in];
-    a 1-D weight [d] -> [d]. x_norm = 1 gives SSU-Mag (Section 4.4)."""
-    magnitude = weight.detach().float().abs()
-    return (magnitude.sum(0) if weight.dim() == 2 else magnitude) * x_norm
+def element_scores(method, weight, x_norm, num_tokens, adapted):
+    """s_ij, float32 in the shape of weight, [d_out, d_in] or [d]. Another score is another line here.
+
+    x_norm: ||X_j||_2 over num_tokens tokens, [d_in] or [d]. adapted: the weight after training on target text."""
+    if method == "wanda":  # Section 3.1
+        return weight.float().abs() * x_norm
+    if method == "magnitude":  # SSU-Mag, Section 4.4
+        return weight.float().abs()
+    if method == "sparsegpt":  # E[x_j^2], Appendix B.2
+        return (x_norm.square() / num_tokens).expand(weight.shape)
+    if method == "delta":  # LoTA, Section 6
+        return (adapted.float() - weight.float()).abs()
+    raise ValueError(method)
 
 
-def random_scores(name, weight, seed):
-    """SSU-Rand (Section 4.4): a random ranking of the columns, [d_in], drawn from seed and the parameter's name."""
+def along(axis, s):
+    """Scores of what is frozen as one: sums of s [d_out, d_in] over its columns [d_in] or rows [d_out] (Section 3.2,
+    Table 3), or s itself. In a 1-D parameter each element stands alone."""
+    return s if axis == "element" or s.dim() == 1 else s.sum(0 if axis == "column" else 1)
+
+
+def random_scores(name, shape, seed):
+    """SSU-Rand (Section 4.4): a random ranking, drawn from seed and the parameter's name."""
     seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-    return torch.rand(weight.shape[-1], generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fisher_scores(model, names, tokens, axis):
+    """SSU-FIM (Appendix B.2): s_ij = E[(dL/dtheta_ij)^2], L the mean next-token loss of a sequence; summed along axis.
+
+    tokens: int64 [samples, seq_len]. Each gradient is squared, summed and freed in a hook as soon as the backward pass
+    has made it, so there are never gradients of a whole model. Raises SystemExit(2) when a parameter got none."""
+    sums = {}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
+        if name in names:
+            def add(p, name=name):
+                sums[name] = sums.get(name, 0) + along(axis, p.grad.float().square())
+                p.grad = None
+            p.register_post_accumulate_grad_hook(add)
+    for sample in tqdm(tokens.to(next(model.parameters()).device), desc="calibrate", unit="sequence"):
+        logits = model(input_ids=sample[None], use_cache=False).logits[0]
+        F.cross_entropy(logits[:-1].float(), sample[1:]).backward()
+    if missing := names - sums.keys():
+        fail(f"{sorted(missing)[:3]} got no gradient (an expert never chosen?): give more text")
+    return {name: total / len(tokens) for name, total in sums.items()}
 
 
 def save_atomically(tensors, path, metadata):
@@ -268,47 +332,50 @@ def main(argv=None):
         skeleton = AutoModelForCausalLM.from_config(config)
     owners = scored_parameters(skeleton)
     matrices = sum(skeleton.get_parameter(name).dim() == 2 for name in owners)
-    print(f"{args.method} scores of {args.model}: {matrices} matrices, {len(owners) - matrices} norm weights and "
-          "biases; embeddings and LM head are not scored")
+    print(f"{args.method} scores of {args.model}, one for each {args.axis}: {matrices} matrices, "
+          f"{len(owners) - matrices} norm weights and biases; embeddings and LM head are not scored")
 
     tokens = torch.empty(0, 0)
-    if args.method == "wanda":
+    if args.method in CALIBRATED:
         tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
         short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the file holds no more)"
         print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short}, {args.data}")
         print(f"first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
+    if args.adapted:
+        load_config(args.adapted, "--adapted")
 
-    auto = "bfloat16" if args.device.startswith("cuda") else "float32"
+    auto = "bfloat16" if args.device.startswith("cuda") and args.method != "delta" else "float32"
     dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True,
-                                                           trust_remote_code=False, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
-        fail(f"--model {args.model}: {error}")
-    if info["missing_keys"]:
-        fail(f"--model {args.model}: its files lack {sorted(info['missing_keys'])[:3]}")
-    model.to(args.device).eval()
+    model = load_model(args.model, args.device, dtype)
     owners = scored_parameters(model)
+    adapted = load_model(args.adapted, args.device, dtype) if args.adapted else model
+    if fingerprint(adapted) != fingerprint(model):
+        fail(f"--adapted {args.adapted}: its parameters are not those of {args.model}")
     if args.method == "random":
-        scores = {name: random_scores(name, model.get_parameter(name), args.seed) for name in owners}
+        shapes = {name: along(args.axis, skeleton.get_parameter(name)).shape for name in owners}
+        scores = {name: random_scores(name, shape, args.seed) for name, shape in shapes.items()}
+    elif args.method == "fim":
+        scores = fisher_scores(model, owners.keys(), tokens, args.axis)
     else:
-        norms = dict.fromkeys(owners, 1.0)
-        if args.method == "wanda":
-            norms = input_norms(model, owners, tokens, args.batch_size)
-        scores = {name: column_scores(model.get_parameter(name), norms[name]).cpu() for name in owners}
+        calibrated = args.method in CALIBRATED
+        norms = input_norms(model, owners, tokens, args.batch_size) if calibrated else dict.fromkeys(owners)
+        with torch.no_grad():
+            scores = {name: along(args.axis, element_scores(args.method, model.get_parameter(name), norms[name],
+                                                            tokens.numel(), adapted.get_parameter(name))).cpu()
+                      for name in tqdm(owners, desc="score", unit="parameter")}
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             fail(f"the scores of {name} are not finite: the model overflows in {dtype}; try --dtype float32")
 
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    save_atomically(scores, args.out, {
-        "format": "ssu-scores", "version": "1", "method": args.method, "axis": "column", "model": args.model,
-        "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.data),
+    save_atomically({name: score.contiguous().cpu() for name, score in scores.items()}, args.out, {
+        "format": "ssu-scores", "version": "1", "method": args.method, "axis": args.axis, "model": args.model,
+        "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.adapted or args.data),
         "num_samples": str(len(tokens)), "seq_len": str(args.seq_len), "num_tokens": str(tokens.numel()),
         "shapes": json.dumps(shapes),
         "torch": torch.__version__, "transformers": transformers.__version__})
     print(f"scores of {len(scores)} parameters: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
-    print(f"next: python make_mask.py --scores {args.out} --out {args.out.parent}/ssu-{args.method}/mask.safetensors")
+    print(f"next: python make_mask.py --scores {args.out} --out {args.out.parent}/METHOD/mask.safetensors")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 The standard causal language modelling objective in PyTorch's mixed precision, and one line that is the method:
     theta_ij <- theta_ij - lr * b_ij * update_ij          param.grad.mul_(mask), before clipping and Adam
 Adam's moments of a frozen weight thus stay zero. Decoupled weight decay would move it still, so decay is masked too.
-Without --mask everything is updated: full fine-tuning (FFT, Section 4.4). Text is raw, never templated: documents, each
-ended by the end-of-text token, are concatenated and cut into blocks of --seq-len tokens.
+Every static method is such a mask; a matrix that is wholly frozen gets neither gradient nor moments. Without --mask
+everything is updated: full fine-tuning (FFT, Section 4.4). --gmt-ratio and --adalora are the paper's two baselines that
+are no static mask. Text is raw, never templated: documents, each ended by the end-of-text token, are concatenated and
+cut into blocks of --seq-len tokens.
 
 Before it saves, it compares every frozen weight with the source model, bit by bit. --save-every N writes a checkpoint;
 the same command with --resume then goes on to the very bits (on a CPU) that a run without interruption would give.
@@ -21,6 +23,7 @@ import argparse
 import functools
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -75,6 +78,8 @@ def parse_args(argv):
     add("--warmup-ratio", type=float, default=0.05, help="share of the steps with rising learning rate")
     add("--weight-decay", type=float, default=0.01, help="decoupled; not on frozen weights, norms and biases")
     add("--max-grad-norm", type=float, default=1.0, help="global norm, after masking; 0: no clipping")
+    add("--gmt-ratio", type=float, help="GMT: share of each matrix's gradient dropped in a micro-batch (paper: 0.5)")
+    add("--adalora", action="store_true", help="AdaLoRA by peft, merged into the weights when it saves; no --resume")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="of autocast; weights are fp32 always")
     add("--seed", type=int, default=42, help="order of the blocks")
     add = parser.add_argument_group("along the way").add_argument
@@ -92,6 +97,14 @@ def parse_args(argv):
         parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
     if not args.max_grad_norm >= 0 or min(args.seed, args.eval_every, args.eval_tokens, args.save_every) < 0:
         parser.error("--max-grad-norm, --seed, --eval-every, --eval-tokens and --save-every must be at least 0")
+    if args.gmt_ratio is not None and not 0 <= args.gmt_ratio < 1:
+        parser.error("--gmt-ratio must be at least 0 and below 1")
+    if bool(args.mask) + (args.gmt_ratio is not None) + args.adalora > 1:
+        parser.error("--mask, --gmt-ratio and --adalora are three methods: choose one")
+    if args.adalora and (args.save_every or args.resume):
+        parser.error("--adalora cannot resume (peft's rank allocator has a state of its own): leave out --save-every")
+    if args.adalora and not importlib.util.find_spec("peft"):
+        parser.error("--adalora needs peft: pip install peft==0.21.2")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     parent = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
@@ -141,7 +154,8 @@ def maskable(model):
 def load_masks(path, model):
     """{parameter name: uint8 mask, 1 = update, 0 = freeze, that broadcasts onto it}. `model` may be on the meta device.
 
-    Raises SystemExit(2) unless the file has a fitting mask for every parameter that can be masked, and no other."""
+    Raises SystemExit(2) unless the file has a fitting mask for every parameter that must have one (maskable). Only some
+    methods mask embeddings and head as well."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -152,7 +166,8 @@ def load_masks(path, model):
         fail(f"--mask {path}: not a mask file of version 1; make it with make_mask.py")
     if metadata.get("fingerprint") != fingerprint(model):
         fail(f"--mask {path}: made for {metadata.get('model')}, whose parameters differ; score and mask this --model")
-    missing, extra = sorted(maskable(model) - set(masks)), sorted(set(masks) - maskable(model))
+    known = {name for name, _ in model.named_parameters()}
+    missing, extra = sorted(maskable(model) - set(masks)), sorted(set(masks) - known)
     if missing or extra:
         fail(f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}; make it with make_mask.py")
     for name, mask in masks.items():
@@ -293,12 +308,43 @@ def next_token_loss(logits, tokens):
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
+def drop_smallest(grad, ratio):
+    """GMT (Section 4.4; Li et al. 2025): grad [d_out, d_in], its int(ratio * n) smallest by absolute value set to 0."""
+    dropped = grad.abs().flatten().topk(int(ratio * grad.numel()), largest=False, sorted=False).indices
+    return grad.flatten().index_fill(0, dropped, 0).view_as(grad)
+
+
+def add_adalora(model, steps):
+    """AdaLoRA (Section 4.4) on every nn.Linear but the head, with Table 8's values; its schedule for 12,208 steps is
+    scaled to `steps`. Embeddings and head stay as they are, to be trained in full."""
+    from peft import AdaLoraConfig, get_peft_model
+    share = steps / 12208
+    return get_peft_model(model, AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_r=12, target_r=8, lora_alpha=32, lora_dropout=0.05,
+        tinit=int(1000 * share), tfinal=int(8546 * share), deltaT=max(1, int(20 * share)), total_step=steps,
+        beta1=0.85, beta2=0.85, orth_reg_weight=0.5))
+
+
+def orthogonality(model):
+    """AdaLoRA's regulariser, the mean of ||P P^T - I|| over its A and B; peft adds it only to a loss of its own."""
+    grams = [p @ p.T if "lora_A" in name else p.T @ p for name, p in model.named_parameters()
+             if "lora_A" in name or "lora_B" in name]
+    return torch.stack([(gram - torch.eye(len(gram), device=gram.device)).norm() for gram in grams]).mean()
+
+
+def source_parameters(model):
+    """[(name, parameter)] of all that the source model has too, by the names there: what is left without adapters."""
+    return [(name.removeprefix("base_model.model.").replace(".base_layer.", "."), p)
+            for name, p in model.named_parameters() if ".lora_" not in name and ".ranknum." not in name]
+
+
 def make_optimizer(model, masks, lr, weight_decay):
     """AdamW of Table 8. It decays the unmasked matrices; masked ones get the same decay, masked, in train()."""
-    decayed = [p for name, p in model.named_parameters() if p.dim() > 1 and name not in masks]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in masks]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.dim() > 1 and name not in masks]
+    others = [p for name, p in trained if p.dim() < 2 or name in masks]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = decayed[0].device.type in ("cpu", "cuda")
+    fused = trained[0][1].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
@@ -336,7 +382,7 @@ def save_checkpoint(path, step, model, optimizer, scaler, settings):
     if not all(torch.isfinite(weight).all() for weight in tensors.values()):
         fail(f"step {step}: weights are not finite; what was saved before is intact. Lower --lr, or check the data")
     for name, p in model.named_parameters():
-        tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
+        tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
     metadata = {"format": "ssu-checkpoint", "version": "1", "step": str(step), "settings": json.dumps(settings),
                 "scaler": json.dumps(scaler.state_dict())}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +427,8 @@ def compare_with_source(model, masks, source):
 
     Raises SystemExit(2) if any frozen weight differs in any bit from what Section 3.3 promises."""
     frozen = updatable = moved = 0
-    for (name, p), before in zip(model.named_parameters(), source.parameters(), strict=True):
+    for name, p in source_parameters(model):
+        before = source.get_parameter(name)
         differs = p.detach().cpu().view(torch.int32) != before.detach().view(torch.int32)
         update = masks[name].bool().expand(p.shape) if name in masks else torch.ones_like(differs)
         if (differs & ~update).any():
@@ -441,7 +488,11 @@ def train(args, model, masks, tokens, heldout, settings, start):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = functools.partial(torch.autocast, device.type, enabled=args.precision != "fp32",
                                  dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
-    masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks]
+    masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks and p.requires_grad]
+    if args.gmt_ratio is not None:  # in hooks, so that each micro-batch is cut before it is added to .grad
+        for p in map(model.get_parameter, maskable(model)):
+            if p.dim() > 1:
+                p.register_hook(functools.partial(drop_smallest, ratio=args.gmt_ratio))
     lines = [json.dumps({"settings": settings, "arguments": vars(args)}, default=str)]
     if start:
         load_checkpoint(checkpoint, model, optimizer, scaler)
@@ -475,8 +526,10 @@ def train(args, model, masks, tokens, heldout, settings, start):
             with autocast():
                 logits = model(input_ids=micro_batch, use_cache=False).logits
             part = next_token_loss(logits, micro_batch) / (args.batch_size * (args.seq_len - 1))  # of the step's mean
-            scaler.scale(part).backward()
             loss += part.detach()
+            if args.adalora:
+                part = part + 0.5 * orthogonality(model) * len(micro_batch) / args.batch_size  # Table 8: 0.5
+            scaler.scale(part).backward()
         scaler.unscale_(optimizer)
 
         for param, mask in masked:
@@ -494,6 +547,8 @@ def train(args, model, masks, tokens, heldout, settings, start):
                         param.mul_(1 - lr * args.weight_decay * mask)  # decoupled decay, of updatable weights alone
         scaler.step(optimizer)  # under fp16, leaves out a step whose gradients overflowed
         scaler.update()
+        if args.adalora and torch.isfinite(norm):
+            model.base_model.update_and_allocate(step)  # reads the gradients, prunes singular values
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
@@ -517,6 +572,9 @@ def run(args):
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
+    if args.adalora:  # all that carries adapters is frozen
+        masks = {name: torch.zeros((1,) * skeleton.get_parameter(name).dim(), dtype=torch.uint8)
+                 for name in maskable(skeleton)}
     vocabulary, embeddings = tokenizer.get_vocab(), skeleton.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {embeddings:,} rows")
@@ -543,7 +601,7 @@ def run(args):
         digest.update(name.encode() + masks[name].numpy().tobytes())
     settings = {key: getattr(args, key) for key in (
         "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
-        "precision", "seed", "gradient_checkpointing")}
+        "precision", "seed", "gradient_checkpointing", "gmt_ratio", "adalora")}
     settings |= {
         "model": getattr(config, "_commit_hash", None) or sha256_of(
             f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model")),
@@ -553,8 +611,12 @@ def run(args):
     start = read_checkpoint_step(checkpoint, settings) if args.resume else 0
 
     count = sum(p.numel() for p in skeleton.parameters())
+    trained = sum(p.numel() for name, p in skeleton.named_parameters() if name not in masks or masks[name].any())
     flash = device.type == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
-    print(f"{'SSU' if masks else 'full fine-tuning'}: {args.model}, {count:,} parameters, {args.precision} on {device},"
+    method = "AdaLoRA" if args.adalora else "static mask" if masks else "full fine-tuning"
+    if args.gmt_ratio is not None:
+        method = f"GMT, {args.gmt_ratio:.1%} of each matrix's gradient dropped"
+    print(f"{method}: {args.model}, {count:,} parameters, {args.precision} on {device},"
           f" {'flash-attn' if flash else 'SDPA'}")
     print("\n".join(parameter_table(skeleton, masks)))
     for label, (_, f) in {"training": (None, facts), **heldout}.items():
@@ -567,17 +629,23 @@ def run(args):
     print(f"{args.steps:,} steps x {args.batch_size} blocks x {args.seq_len} = {drawn * args.seq_len:,} tokens, "
           f"{drawn / num_blocks:.2f} epochs of {num_blocks:,} blocks; "
           f"{math.ceil(args.batch_size / args.micro_batch_size)} micro-batches a step")
-    print(f"bytes: weights {4 * count:,}, gradients {4 * count:,}, Adam's moments {8 * count:,}, "
-          f"masks {sum(mask.numel() for mask in masks.values()):,}; activations come on top")
+    print(f"bytes: weights {4 * count:,}, gradients {4 * trained:,}, Adam's moments {8 * trained:,}, "
+          f"masks {sum(mask.numel() for mask in masks.values()):,}; activations come on top"
+          + " and the adapters" * args.adalora)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    if 16 * count > memory:
-        fail(f"these need {16 * count / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model")
+    if (needed := 4 * count + 12 * trained) > memory:
+        fail(f"these need {needed / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model")
 
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model, attn_implementation="flash_attention_2" if flash else "sdpa")
     model.to(device).train()
+    if args.adalora:
+        torch.manual_seed(args.seed)
+        model = add_adalora(model, args.steps)
+    for name, p in source_parameters(model):
+        p.requires_grad_(name not in masks or bool(masks[name].any()))  # wholly frozen: no gradient, no moments
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train(args, model, masks, tokens, heldout, settings, start)
@@ -590,6 +658,8 @@ def run(args):
     if any(not torch.equal(p.to(dtype).float(), p) for p in source.parameters()):
         dtype = torch.float32  # the files are finer than config.json says: rounding would move frozen weights
     del source
+    if args.adalora:
+        model = model.merge_and_unload()
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source; "
           f"{moved / updatable:.2%} of {updatable:,} updatable ones moved")
     if moved / updatable < 0.5:

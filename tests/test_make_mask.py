@@ -1,11 +1,15 @@
-"""make_mask.py: exactly int(k * columns) columns, the highest, deterministically; and what it refuses."""
+"""make_mask.py: exactly int(k * columns) columns, the highest, deterministically; HFT, S2FT; and what it refuses."""
 import hashlib
+import json
+import re
+from collections import Counter
 
 import pytest
 import torch
+from conftest import MODELS, SIZES, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import make_mask
 import score
@@ -38,8 +42,9 @@ def test_exactly_the_highest_columns_are_frozen(scores, ratio, tmp_path):
 
 
 def test_ties_freeze_the_lower_index():
-    assert make_mask.column_mask(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 0.4).tolist() == [1, 0, 0, 1, 1]
-    many = make_mask.column_mask(torch.ones(100_000), 0.3)  # enough of them for an unstable sort to show
+    assert make_mask.top_mask(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 0.4).tolist() == [1, 0, 0, 1, 1]
+    assert make_mask.top_mask(torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0]), 0.4, "lowest").tolist() == [1, 0, 1, 0, 1]
+    many = make_mask.top_mask(torch.ones(100_000), 0.3)  # enough of them for an unstable sort to show
     assert (many[:30_000] == 0).all() and (many[30_000:] == 1).all()
 
 
@@ -59,7 +64,7 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as error:
         make_mask.main([str(a) for a in argv])
     assert error.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     return lines[0]
 
@@ -79,9 +84,10 @@ def damaged(scores, folder, change):
 
 
 @pytest.mark.parametrize("change,message", [
-    (lambda m, t: m.update(format="ssu-mask"), "not column scores"),
-    (lambda m, t: m.update(version="2"), "not column scores"),
-    (lambda m, t: m.update(axis="row"), "not column scores"),
+    (lambda m, t: m.update(format="ssu-mask"), "not a scores file"),
+    (lambda m, t: m.update(version="2"), "not a scores file"),
+    (lambda m, t: m.update(axis="diagonal"), "not a scores file"),
+    (lambda m, t: m.update(axis="element"), "does not fit"),
     (lambda m, t: m.update(fingerprint="0" * 64), "fingerprint"),
     (lambda m, t: t.update({"extra.weight": torch.ones(3)}), "does not fit"),
     (lambda m, t: t.update({"model.norm.weight": torch.ones(3)}), "does not fit"),
@@ -98,3 +104,155 @@ def test_truncated_foreign_or_missing_scores_file_and_unwritable_out(scores, tmp
         assert "cannot be read" in refused(capsys, "--scores", tmp_path / name, "--out", tmp_path / "m")
     assert "cannot be written" in refused(capsys, "--scores", scores, "--out", tmp_path / "text/m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("axis,per", [("row", 1), ("element", None)])
+def test_rows_and_elements(axis, per, olmo2, chats, tmp_path):
+    """Table 3's masks, in their smallest shapes, freeze the highest sums of |theta|."""
+    score.main(["--model", str(olmo2), "--method", "magnitude", "--axis", axis, "--out", str(tmp_path / "s")])
+    masks = run(tmp_path / "s", tmp_path / "m", 0.25)
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+    for name, mask in masks.items():
+        s = model.get_parameter(name).detach().abs()
+        if s.dim() == 2 and per is not None:
+            s = s.sum(per, keepdim=True)
+        assert mask.shape == s.shape and (mask == 0).sum() == int(0.25 * s.numel())
+        assert s[mask == 0].min() >= s[mask == 1].max()
+
+
+def masks_of(method, model, out, *extra):
+    make_mask.main(["--method", method, "--model", str(model), "--out", str(out), *map(str, extra)])
+    return load_file(out)
+
+
+def hft_counts(masks):
+    """Frozen matrices of attention, matrices of the MLP and norms in each layer."""
+    counts = [Counter(), Counter(), Counter()]
+    for name, mask in masks.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if layer and name.endswith("weight"):
+            kind = 2 if "norm" in name else "self_attn" not in name
+            counts[kind][int(layer[1])] += int(mask.item() == 0)
+    return [[count[layer] for layer in sorted(count)] for count in counts]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Ten layers of an OLMo-2 (four norms in each), a Llama (two) and a Qwen-2 (biases), without their weights."""
+    folders = {}
+    for kind, (config, _, extra) in MODELS.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        config(vocab_size=400, **SIZES | {"num_hidden_layers": 10}, **extra).save_pretrained(folders[kind])
+        tiny_tokenizer().save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.mark.parametrize("kind,norms", [("olmo2", 4), ("llama", 2), ("qwen2", 2)])
+def test_hft_freezes_two_of_four_two_or_one_of_three_and_half_of_the_norms(kind, norms, deep, tmp_path):
+    masks = masks_of("hft", deep[kind], tmp_path / "m")
+    attention, mlp, norm = hft_counts(masks)
+    assert attention == [2] * 10 and sorted(mlp) == [1] * 5 + [2] * 5 and norm == [norms // 2] * 10
+    assert mlp != sorted(mlp) and mlp != sorted(mlp, reverse=True)  # a random half, not the first
+    assert all(mask.numel() == 1 for mask in masks.values())
+    assert masks["model.norm.weight"].item() == 1 and not any("embed" in n or "lm_head" in n for n in masks)
+    for name, mask in masks.items():
+        assert not name.endswith("bias") or mask.item() == masks[name[:-4] + "weight"].item()
+    frozen = {layer: {n[-13:] for n in masks if f".{layer}.self_attn" in n and "proj" in n and not masks[n].any()}
+              for layer in range(10)}
+    assert len(set(map(frozenset, frozen.values()))) > 1  # drawn anew in each layer
+    other = masks_of("hft", deep[kind], tmp_path / "o", "--seed", 43)
+    assert any(masks[name].item() != other[name].item() for name in masks)
+    again = masks_of("hft", deep[kind], tmp_path / "a")
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.125, 0.25, 0.75, 0.875, 1])
+def test_hft_at_other_ratios(ratio, deep, tmp_path):
+    for counts, n in zip(hft_counts(masks_of("hft", deep["llama"], tmp_path / "m", "--ratio", ratio)), (4, 3, 2),
+                         strict=True):
+        assert sum(counts) == int(ratio * n * 10) and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_s2ft_trains_exactly_the_expected_parameters(output, deep, tmp_path):
+    masks = masks_of("s2ft-down-output" if output else "s2ft-down", deep["llama"], tmp_path / "m", "--ratio", 0.9)
+    shapes = json.loads(safe_open(tmp_path / "m", "pt").metadata()["shapes"])
+    assert masks.keys() == shapes.keys()  # embeddings and head too
+    for name, mask in masks.items():
+        if "down_proj" in name:
+            assert mask.shape == (1, 48) and mask.sum() == int(0.1 * 48)
+        elif "o_proj" in name and output:  # one head of four, its 8 columns
+            assert mask.shape == (1, 32) and sorted(mask.view(4, 8).sum(1).tolist()) == [0, 0, 0, 8]
+        else:
+            assert mask.numel() == 1 and mask.item() == 0
+    chosen = {tuple(mask.flatten().tolist()) for name, mask in masks.items() if "down_proj" in name}
+    assert len(chosen) > 5
+
+
+@pytest.mark.parametrize("kind,names", [("olmo2", {"model.embed_tokens.weight", "lm_head.weight"}),
+                                        ("llama", {"model.embed_tokens.weight"})])
+def test_chat_tokens_are_frozen_for_any_mask(kind, names, tmp_path):
+    model = tiny_model(tmp_path / "model", kind)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    said = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    expected = set(tokenizer(said)["input_ids"])
+    score.main(["--model", str(model), "--method", "magnitude", "--out", str(tmp_path / "s")])
+    make_mask.main(["--scores", str(tmp_path / "s"), "--out", str(tmp_path / "m"), "--freeze-chat-tokens"])
+    for masks in (load_file(tmp_path / "m"), masks_of("hft", model, tmp_path / "h", "--freeze-chat-tokens")):
+        assert {name for name in masks if "embed" in name or "lm_head" in name} == names
+        for name in names:
+            assert masks[name].shape == (400, 1) and set((masks[name] == 0).nonzero()[:, 0].tolist()) == expected
+    assert not any("embed" in name for name in run(tmp_path / "s", tmp_path / "off", 0.5))
+
+
+def test_a_template_without_a_system_turn(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                               + tokenizer.chat_template)
+    assert make_mask.chat_token_ids(tokenizer) == sorted(set(tokenizer(
+        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")["input_ids"]))
+
+
+def test_jaccard_of_columns_rows_and_whole_matrices():
+    def zeros(mask, shape):
+        return {tuple(i) for i in (mask.expand(shape) == 0).nonzero().tolist()}
+
+    generator = torch.Generator().manual_seed(1)
+    column, row, element = (torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8)
+                            for shape in ((1, 6), (5, 1), (5, 6)))
+    whole = torch.zeros(1, 1, dtype=torch.uint8)
+    for a in (column, row, element, whole):
+        for b in (column, row, element, whole):
+            x, y = zeros(a, (5, 6)), zeros(b, (5, 6))
+            assert make_mask.jaccard(a, b) == pytest.approx(len(x & y) / len(x | y))
+
+
+def test_compare_prints_each_layer_and_kind(olmo2, scores, tmp_path, capsys):
+    run(scores, tmp_path / "half", 0.5)
+    run(scores, tmp_path / "quarter", 0.25)
+    capsys.readouterr()
+    make_mask.main(["--compare", str(tmp_path / "half"), str(tmp_path / "half")])
+    make_mask.main(["--compare", str(tmp_path / "half"), str(tmp_path / "quarter")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    same, nested = lines[:6], lines[6:]
+    assert "q_proj" in same[2] and "post_feedforward_layernorm" in same[2]
+    assert [line[0] for line in same[3:]] == ["0", "1", "mean"] and set(sum((line[1:] for line in same[3:]), [])) == {
+        "1.000"}
+    assert set(nested[3][1:]) == {"0.500"}  # a quarter of the columns, all of them in the half
+    assert " 0.200;" in " ".join(nested[1])  # what chance gives: .125 / (.5 + .25 - .125)
+
+
+def test_which_arguments_belong_together(olmo2, llama, scores, tmp_path, capsys):
+    out = tmp_path / "m"
+    assert "give --scores" in refused(capsys, "--out", out)[-200:]
+    assert "give --scores" in refused(capsys, "--out", out, "--scores", scores, "--method", "hft", "--model", olmo2)
+    assert "belong together" in refused(capsys, "--out", out, "--method", "hft")
+    assert "--out is missing" in refused(capsys, "--scores", scores)
+    assert "trains nothing" in refused(capsys, "--method", "s2ft-down", "--model", olmo2, "--ratio", 1, "--out", out)
+    assert "nowhere" in refused(capsys, "--method", "hft", "--model", "./nowhere", "--out", out)
+    make_mask.main(["--scores", str(scores), "--out", str(out)])
+    masks_of("hft", llama, tmp_path / "other")
+    capsys.readouterr()
+    assert "models that differ" in refused(capsys, "--compare", out, tmp_path / "other")
+    assert "not a mask file" in refused(capsys, "--compare", out, scores)
+    assert "cannot be read" in refused(capsys, "--compare", out, tmp_path / "none")

@@ -96,6 +96,87 @@ def test_magnitude_and_random(olmo2, chats, tmp_path):
     assert not torch.equal(a["model.layers.0.mlp.down_proj.weight"], a[name])
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "qwen2"])
+def test_sparsegpt_is_the_mean_square_of_the_inputs(kind, chats, tmp_path):
+    """E[x_j^2] in float64, from the inputs that forward hooks captured: ||X_j||^2 of |theta| = 1 over the tokens."""
+    folder = tiny_model(tmp_path / kind, kind)
+    scores = run(folder, chats, tmp_path / "s", "--method", "sparsegpt")
+    elements = run(folder, chats, tmp_path / "e", "--method", "sparsegpt", "--axis", "element")
+    tokens = score.calibration_tokens(chats, AutoTokenizer.from_pretrained(folder), 6, 64, 42)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, wanda in reference(folder, tokens).items():
+        p = model.get_parameter(name).abs()
+        x = wanda / (p.sum(0) if p.dim() == 2 else p)  # ||X_j||_2
+        expected = x.square() / tokens.numel()
+        assert torch.allclose(elements[name].double(), expected.expand(p.shape), rtol=1e-4), name
+        assert torch.allclose(scores[name].double(), expected * (len(p) if p.dim() == 2 else 1), rtol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_fim_equals_a_loop_over_samples_in_float64(kind, chats, tmp_path):
+    folder = tiny_model(tmp_path / kind, kind)
+    tokens = score.calibration_tokens(chats, AutoTokenizer.from_pretrained(folder), 6, 64, 42)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    expected = {}
+    for sample in tokens:
+        model.zero_grad()
+        model(input_ids=sample[None], labels=sample[None]).loss.backward()
+        for name, p in model.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad.square() / 6
+    del expected["model.embed_tokens.weight"]
+    expected.pop("lm_head.weight", None)
+    for axis, over in (("column", 0), ("row", 1), ("element", None)):
+        scores = run(folder, chats, tmp_path / axis, "--method", "fim", "--axis", axis)
+        assert scores.keys() == expected.keys()
+        for name, s in expected.items():
+            s = s.sum(over) if s.dim() == 2 and over is not None else s
+            assert torch.allclose(scores[name].double(), s, rtol=1e-3, atol=1e-6 * s.max()), (axis, name)
+
+
+def test_fim_never_holds_two_gradients(olmo2, chats, tmp_path, monkeypatch):
+    """Each gradient is gone before the next one is squared."""
+    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    held, along = [], score.along
+    monkeypatch.setattr(score, "along", lambda axis, s: (
+        held.append(sum(p.grad is not None for p in model.parameters())), along(axis, s))[1])
+    owners = score.scored_parameters(model)
+    score.fisher_scores(model, owners.keys(), torch.randint(0, 400, (2, 16)), "column")
+    assert held == [1] * 2 * len(owners)
+
+
+def test_rows_and_elements_of_wanda(olmo2, chats, tmp_path):
+    column, row, element = (run(olmo2, chats, tmp_path / axis, "--axis", axis) for axis in ("column", "row", "element"))
+    for name, s in element.items():
+        assert torch.allclose(s.sum(0) if s.dim() == 2 else s, column[name], rtol=1e-5)
+        assert torch.allclose(s.sum(1) if s.dim() == 2 else s, row[name], rtol=1e-5)
+    assert row["model.layers.0.mlp.down_proj.weight"].shape == (32,)
+    drawn = run(olmo2, chats, tmp_path / "r", "--method", "random", "--axis", "row")
+    assert all(drawn[name].shape == row[name].shape for name in row)
+
+
+def test_lota_updates_the_weights_that_went_furthest(olmo2, tmp_path):
+    """The mask of --method delta and --freeze lowest is the top of |theta_adapted - theta_source| of each matrix."""
+    adapted = tmp_path / "adapted"
+    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    source = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    model.save_pretrained(adapted)
+    AutoTokenizer.from_pretrained(olmo2).save_pretrained(adapted)
+    score.main(["--model", str(olmo2), "--method", "delta", "--axis", "element", "--adapted", str(adapted),
+                "--out", str(tmp_path / "s")])
+    make_mask.main(["--scores", str(tmp_path / "s"), "--freeze", "lowest", "--ratio", "0.9", "--out",
+                    str(tmp_path / "m")])
+    masks = load_file(tmp_path / "m")
+    assert masks.keys() == source.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, mask in masks.items():
+        delta = (model.get_parameter(name) - source[name]).abs().flatten()
+        top = delta.topk(len(delta) - int(0.9 * len(delta))).indices
+        assert set(mask.flatten().nonzero()[:, 0].tolist()) == set(top.tolist()), name
+
+
 def test_metadata_and_batch_size_independence(olmo2, chats, tmp_path):
     one = run(olmo2, chats, tmp_path / "a.safetensors", "--batch-size", "1")
     six = run(olmo2, chats, tmp_path / "b.safetensors", "--batch-size", "6")
@@ -149,12 +230,20 @@ def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_other_bad_input(olmo2, chats, tmp_path, capsys):
+def test_other_bad_input(olmo2, llama, chats, tmp_path, capsys):
     out = tmp_path / "s.safetensors"
     assert "no such folder" in refused(capsys, "--model", "./nowhere", "--data", chats, "--out", out)
     assert "no such file" in refused(capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out)
     assert "invalid choice" in refused(capsys, "--model", olmo2, "--data", chats, "--out", out, "--method", "best")
-    assert "add --data" in refused(capsys, "--model", olmo2, "--out", out)
+    for method in ("wanda", "sparsegpt", "fim"):
+        assert "add --data" in refused(capsys, "--model", olmo2, "--out", out, "--method", method)
+    assert "belong together" in refused(capsys, "--model", olmo2, "--out", out, "--method", "delta")
+    assert "belong together" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--adapted", olmo2)
+    delta = ["--model", olmo2, "--out", out, "--method", "delta", "--adapted"]
+    assert "no such folder" in refused(capsys, *delta, "./nowhere")
+    assert "are not those of" in refused(capsys, *delta, llama)
+    assert "same score" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "sparsegpt",
+                                   "--axis", "row")
     (tmp_path / "file").write_text("")
     argv = ["--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude"]
     assert "cannot be written" in refused(capsys, *argv)

@@ -1,4 +1,5 @@
 """train.py: the loop against torch.optim.AdamW, the shield, exact resume, and what it refuses."""
+import importlib.util
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -65,6 +67,167 @@ def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, t
         frozen += int(keep.sum())
     summary = log_of(tmp_path / "out")[-1]["summary"]
     assert summary["frozen_verified"] == frozen > 0
+
+
+def static_mask(method, model, chats, out):
+    """The mask file of any static method, by the real scripts."""
+    scores = out.with_name("scores")
+    if method in ("hft", "s2ft-down", "s2ft-down-output"):
+        ratio = ["--ratio", "0.9"] if method != "hft" else []  # 1.5% of 48 channels would be none
+        make_mask.main(["--method", method, "--model", str(model), "--out", str(out), *ratio])
+    elif method == "lota":
+        adapted = tiny_model(out.with_name("adapted"), model_kind(model), seed=3)
+        score.main(["--model", str(model), "--method", "delta", "--axis", "element", "--adapted", str(adapted),
+                    "--out", str(scores)])
+        make_mask.main(["--scores", str(scores), "--freeze", "lowest", "--ratio", "0.9", "--out", str(out)])
+    else:
+        name, _, axis = method.partition("-")
+        score.main(["--model", str(model), "--data", str(chats), "--num-samples", "4", "--seq-len", "64",
+                    "--method", name, "--axis", axis or "column", "--out", str(scores)])
+        make_mask.main(["--scores", str(scores), "--out", str(out), "--freeze-chat-tokens"])
+    return out
+
+
+def model_kind(folder):
+    return json.loads((folder / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+@pytest.mark.parametrize("method", ["sparsegpt", "fim", "wanda-row", "wanda-element", "hft", "s2ft-down",
+                                    "s2ft-down-output", "lota"])
+def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, request):
+    """What it freezes is bit-identical, all else moves, wholly frozen matrices have no gradient and no moments."""
+    model = request.getfixturevalue(kind)
+    mask = static_mask(method, model, chats, tmp_path / "mask")
+    extra = ["--mask", mask, "--weight-decay", "0.1", "--steps", "6", "--save-every", "4"]
+    pid = forked(train.main, arguments(model, text, tmp_path / "out", *extra), stop_after_saving)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    state, masks = load_file(tmp_path / "out/checkpoint/state.safetensors"), load_file(mask)
+    for name in load_file(model / "model.safetensors"):
+        assert (f"exp_avg/{name}" in state) == (name not in masks or bool(masks[name].any())), name
+    train.main(arguments(model, text, tmp_path / "out", *extra, "--resume"))
+    source, trained, frozen = load_file(model / "model.safetensors"), weights(tmp_path / "out"), 0
+    for name, before in source.items():
+        keep = masks[name].expand(before.shape) == 0 if name in masks else torch.zeros_like(before, dtype=torch.bool)
+        assert torch.equal(before[keep], trained[name][keep]), name
+        if "embed" not in name and "lm_head" not in name:  # tokens that do not occur get no gradient
+            assert keep.all() or (before[~keep] != trained[name][~keep]).float().mean() > 0.95, name
+        frozen += int(keep.sum())
+    assert log_of(tmp_path / "out")[-1]["summary"]["frozen_verified"] == frozen > 0
+
+
+def stop_after_saving():
+    real = train.save_checkpoint
+    train.save_checkpoint = lambda *a: (real(*a), os._exit(9))
+
+
+def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo2, text, tmp_path):
+    """The first update against torch.topk: with Adam's first step, exactly what was kept in some micro-batch moves."""
+    train.main(arguments(olmo2, text, tmp_path / "out", "--gmt-ratio", "0.75", "--weight-decay", "0", "--steps", "1",
+                         "--warmup-ratio", "0", "--max-grad-norm", "0"))
+    tokens, _ = next_tokens(olmo2, text, tmp_path)
+    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    batch = blocks[train.batch_indices(0, 4, len(blocks), 42)]
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+    expected = {}
+    for micro_batch in batch.split(2):
+        model.zero_grad()
+        logits = model(input_ids=micro_batch).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), micro_batch[:, 1:].flatten(), reduction="sum")
+        (loss / (4 * 31)).backward()
+        for name, p in model.named_parameters():
+            grad = p.grad.clone()
+            if p.dim() == 2 and "proj" in name:
+                kept = grad.abs().flatten().topk(grad.numel() - int(0.75 * grad.numel())).indices
+                grad = torch.zeros(grad.numel()).index_copy(0, kept, grad.flatten()[kept]).view_as(grad)
+            expected[name] = expected.get(name, 0) + grad
+    trained = weights(tmp_path / "out")
+    for name, p in model.named_parameters():
+        moved, g = trained[name] != p, expected[name]
+        assert (moved == (g != 0)).float().mean() > 0.999, name  # the threshold's neighbours may change places
+        assert torch.allclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4) or \
+            torch.isclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4).float().mean() > 0.999
+        if "proj" in name:
+            assert 0.25 <= moved.float().mean() + 1e-3 and moved.float().mean() < 0.5 + 1e-3
+
+
+def test_gmt_drops_exactly_the_share(olmo2):
+    grad = torch.randn(7, 9)
+    grad[0] = 0.5  # ties
+    for ratio, left in ((0, 63), (0.5, 32), (0.9, 7)):
+        cut = train.drop_smallest(grad, ratio)
+        assert (cut != 0).sum() == left and torch.equal(cut[cut != 0], grad[cut != 0])
+        assert ratio == 0 or cut[cut != 0].abs().min() >= grad[cut == 0].abs().max()
+
+
+def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
+    extra = ["--gmt-ratio", "0.5", "--micro-batch-size", "1", "--save-every", "5", "--steps", "10"]
+    train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
+    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", *extra), stop_after_saving)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
+def test_adalora_merged_gives_the_logits_of_the_unmerged_model(kind, text, tmp_path, request, monkeypatch):
+    """And the base weights stay as they were until the merge, which train.py verifies; embeddings and head move."""
+    source, unmerged = request.getfixturevalue(kind), {}
+    ids = torch.arange(3, 60)[None]
+    real = train.compare_with_source  # the last thing before the merge
+
+    def keep_logits(model, *rest):
+        model.eval()
+        with torch.no_grad():
+            unmerged["logits"] = model(input_ids=ids).logits
+        unmerged["ranks"] = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+        unmerged["base"] = {name: p.detach().clone() for name, p in train.source_parameters(model)}
+        return real(model, *rest)
+
+    monkeypatch.setattr(train, "compare_with_source", keep_logits)
+    train.main(arguments(source, text, tmp_path / "out", "--adalora", "--steps", "30"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, unmerged["logits"], atol=1e-4)
+    before = load_file(source / "model.safetensors")
+    assert unmerged["base"].keys() == before.keys()
+    frozen = 0
+    for name, base in unmerged["base"].items():
+        always_updated = "embed" in name or "lm_head" in name
+        assert torch.equal(base, before[name]) != always_updated, name
+        assert ("proj" in name or always_updated) == (not torch.equal(merged.get_parameter(name), before[name])) or \
+            name.endswith("bias"), name
+        frozen += 0 if always_updated else base.numel()
+    assert log_of(tmp_path / "out")[-1]["summary"]["frozen_verified"] == frozen
+    assert sum(unmerged["ranks"]) == 8 * len(unmerged["ranks"])  # pruned from 12 to Table 8's average of 8
+
+
+def test_adalora_regulariser_equals_the_one_of_peft(olmo2):
+    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 100).eval()
+    ids = torch.arange(3, 60)[None]
+    plain = model.get_base_model()(input_ids=ids, labels=ids).loss
+    assert (model(input_ids=ids, labels=ids).loss - plain).item() == pytest.approx(
+        0.5 * train.orthogonality(model).item(), rel=1e-4)
+    config = model.peft_config["default"]
+    assert (config.total_step, config.tinit, config.tfinal, config.deltaT) == (100, 8, 70, 1)
+    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2), 12208)
+    config = model.peft_config["default"]
+    assert (config.tinit, config.tfinal, config.deltaT, config.target_r) == (1000, 8546, 20, 8)
+
+
+def test_methods_that_exclude_each_other_are_refused(olmo2, mask, text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    for extra in (["--mask", mask, "--gmt-ratio", "0.5"], ["--mask", mask, "--adalora"],
+                  ["--gmt-ratio", "0", "--adalora"], ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"]):
+        assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
+    for extra, message in ((["--adalora", "--save-every", "5"], "cannot resume"), (["--gmt-ratio", "1"], "below 1"),
+                           (["--adalora", "--resume"], "cannot resume"), (["--gmt-ratio", "nan"], "below 1")):
+        assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install peft" in refused(capsys, *arguments(olmo2, text, out, "--adalora"))
+    assert not out.exists()
 
 
 def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
@@ -251,11 +414,7 @@ def refused(capsys, *argv):
 @pytest.fixture()
 def checkpointed(olmo2, text, tmp_path):
     """A folder with a checkpoint of step 10 of 20, as a killed run leaves it."""
-    def die_after_saving():
-        real = train.save_checkpoint
-        train.save_checkpoint = lambda *a: (real(*a), os._exit(9))
-
-    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", "--save-every", "10"), die_after_saving)
+    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", "--save-every", "10"), stop_after_saving)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     return tmp_path / "out"
 
@@ -359,7 +518,7 @@ def rewritten(mask, path, change):
 
 @pytest.mark.parametrize("change,message", [
     (lambda m, t: t.pop("model.norm.weight"), "no mask for ['model.norm.weight']"),
-    (lambda m, t: t.update({"lm_head.weight": torch.ones(1, 32, dtype=torch.uint8)}), "unknown ['lm_head.weight']"),
+    (lambda m, t: t.update({"other.weight": torch.ones(1, 32, dtype=torch.uint8)}), "unknown ['other.weight']"),
     (lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}), "has a mask [5] for weights [32]"),
     (lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}), "other values than"),
     (lambda m, t: m.update(format="ssu-scores"), "not a mask file"),
