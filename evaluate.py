@@ -62,7 +62,12 @@ TASKS = {  # what each one reads below --data-dir
 }
 TEXTS = ("text", "question", "eng_Latn", *(code for _, code in LANGUAGES.values()))  # columns that must hold strings
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
-NAMES = {"source": "Source", "fft": "FFT", "ssu-rand": "SSU-Rand", "ssu-mag": "SSU-Mag", "ssu-wanda": "SSU-Wanda"}
+NAMES = {  # in the order of the paper's Tables 2, 4, 3 and 6
+    "source": "Source", "fft": "FFT", "adalora": "AdaLoRA", "hft": "HFT", "gmt": "GMT", "ssu-rand": "SSU-Rand",
+    "ssu-mag": "SSU-Mag", "ssu-wanda": "SSU-Wanda", "ssu-sparsegpt": "SSU-SparseGPT", "ssu-fim": "SSU-FIM",
+    "ssu-wanda-row": "SSU-Wanda, rows", "ssu-wanda-element": "SSU-Wanda, elements", "lota": "LoTA",
+    "lota-90": "LoTA (90%)", "lota-50": "LoTA (50%)", "s2ft-down": "S2FT (down)",
+    "s2ft-down-output": "S2FT (down, output)"}
 COLUMNS = (  # of the report: side, heading (the arrow points to the better value), where in `results`, digits
     ("source", "chat bpb ↓", "bpb/source/heldout/bpb", 3), ("source", "prose bpb ↓", "bpb/source/prose/bpb", 3),
     ("source", "news bpb ↓", "bpb/source/news/bpb", 3), ("source", "MCQ accuracy ↑", "mcq/source/accuracy", 3),
@@ -446,14 +451,40 @@ def read_evals(folders, chosen):
                 if settings[key] != expected:
                     fail(f"{path} cannot be compared with {paths['source']}: {key} is {settings[key]}, not {expected}")
             evals.setdefault(method, []).append(found)
-    return {m: evals[m] for m in sorted(evals, key=lambda m: [*NAMES, m].index(m))}
+    order = [*NAMES, *sorted({m.partition("@")[0] for m in evals} - NAMES.keys())]
+    return {m: evals[m] for m in sorted(evals, key=lambda m: (order.index(m.partition("@")[0]), m))}
+
+
+def method_and_ratio(run):
+    """("ssu-wanda", 0.25) of "ssu-wanda@0.25", ("lota", 0.9) of "lota-90"; 0.5 where a method has a ratio that the name
+    of its folder does not say (run_all.sh), None where it has none."""
+    method, _, ratio = run.replace("lota-", "lota@0.").partition("@")
+    freezes = method.startswith("ssu-") or method in ("hft", "gmt")
+    return method, float(ratio) if ratio else 0.5 if freezes else None
+
+
+def jaccard(a, b):
+    """|frozen by both| / |frozen by either| of two masks (numpy) that broadcast onto the same parameter."""
+    import numpy
+    a, b = numpy.broadcast_arrays(a == 0, b == 0)
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+def read_masks(folder, methods):
+    """{method: masks} of a run folder, ssu-wanda's first: the others are compared with it; {} if there are no two."""
+    from safetensors.numpy import load_file
+    paths = {m: os.path.join(folder, m, "mask.safetensors") for m in sorted(methods, key=lambda m: m != "ssu-wanda")}
+    masks = {m: load_file(path) for m, path in paths.items() if os.path.isfile(path)}
+    return masks if len(masks) > 1 else {}
 
 
 def report(folders, chosen, out):
     """report.md, also printed, in the manner of Table 2; and report.png."""
     evals = read_evals(folders, chosen)
     one, sizes = evals["source"][0], []
-    target, names = LANGUAGES[one["lang"]][0], {m: NAMES.get(m, m) for m in evals}
+    target = LANGUAGES[one["lang"]][0]
+    names = {m: NAMES.get(m) or f"{NAMES.get(m.partition('@')[0], m.partition('@')[0])} {m.partition('@')[2]}".strip()
+             for m in evals}
     value = {(m, c[2]): [look_up(e["results"], c[2]) for e in evals[m]] for m in evals for c in COLUMNS}
     value = {key: numbers for key, numbers in value.items() if None not in numbers}
     lines = [f"# English kept, {target} gained", "", "In brackets the change relative to Source, as in Table 2"
@@ -489,11 +520,12 @@ def report(folders, chosen, out):
     write_atomically(os.path.join(out, "report.md"), "\n".join(lines))
     print("\n".join(lines), f"wrote {out}/report.md", sep="\n")
     if ("source", "bpb/source/heldout/bpb") in value:
-        plot(value, names, target, os.path.join(out, "report.png"))
+        plot(value, names, target, read_masks(folders[0], evals), os.path.join(out, "report.png"))
 
 
-def plot(value, names, target, path):
-    """Source kept against target gained: a point for each method, a dot for each seed. matplotlib is optional."""
+def plot(value, names, target, masks, path):
+    """report.png: source kept against target gained; both against the freezing ratio (Figure 2), where there are
+    several; which weights the masks freeze. matplotlib is optional."""
     try:
         import matplotlib
     except ImportError:
@@ -501,20 +533,60 @@ def plot(value, names, target, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     chat, text = "bpb/source/heldout/bpb", "bpb/target/heldout/bpb"
+    base = {bpb: statistics.fmean(value["source", bpb]) for bpb in (chat, text)}
+    kept = {m: [100 * base[chat] / bpb for bpb in value[m, chat]] for m in names}
+    gained = {m: [100 * (1 - bpb / base[text]) for bpb in value[m, text]] for m in names}
+    labels = ("English kept: chat bits per byte, Source / method (%)",
+              f"{target} gained: reduction of bits per byte (%)")
+    curves = {}  # method -> [(ratio, run name)]
+    for m in names:
+        method, ratio = method_and_ratio(m)
+        if ratio is not None:
+            curves.setdefault(method, []).append((ratio, m))
+    curves = {method: sorted(points) for method, points in curves.items() if len(points) > 1}
+    panels = 1 + 2 * bool(curves) + 2 * bool(masks)
+    figure, grid = pyplot.subplots(1, panels, figsize=(6 * panels, 4.8), layout="constrained", squeeze=False)
+    panel = iter(grid[0])
+    axes = next(panel)
     for m, name in names.items():
-        x = [100 * (1 - bpb / statistics.fmean(value["source", text])) for bpb in value[m, text]]
-        y = [100 * statistics.fmean(value["source", chat]) / bpb for bpb in value[m, chat]]
-        point = axes.scatter(statistics.fmean(x), statistics.fmean(y), s=60, zorder=3)
-        if len(x) > 1:
-            axes.scatter(x, y, s=10, color=point.get_facecolor(), alpha=0.6)
-        axes.annotate(name, (statistics.fmean(x), statistics.fmean(y)), (7, 5), textcoords="offset points")
-    axes.set_xlabel(f"{target} gained: reduction of bits per byte (%)")
-    axes.set_ylabel("English kept: chat bits per byte, Source / method (%)")
+        x, y = statistics.fmean(gained[m]), statistics.fmean(kept[m])
+        point = axes.scatter(x, y, s=60, zorder=3)
+        if len(kept[m]) > 1:
+            axes.scatter(gained[m], kept[m], s=10, color=point.get_facecolor(), alpha=0.6)
+        axes.annotate(name, (x, y), (7, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=labels[1], ylabel=labels[0])
     axes.margins(0.25)
-    axes.grid(alpha=0.3)
-    figure.savefig(path + ".tmp", format="png", dpi=150)
+    for numbers, label in ((kept, labels[0]), (gained, labels[1])) if curves else ():
+        axes = next(panel)
+        for method, points in curves.items():
+            axes.plot([ratio for ratio, _ in points], [statistics.fmean(numbers[m]) for _, m in points], marker="o",
+                      label=NAMES.get(method, method))
+        axes.axhline(statistics.fmean(numbers["source"]), color="red", linestyle="--", label="Source")
+        axes.set(xlabel="share frozen", ylabel=label)
+        axes.legend(fontsize=8)
+    if masks:
+        (first, *others), found = masks, {}
+        for m in others:
+            for name in masks[first].keys() & masks[m].keys():
+                if layer := re.search(r"\.(\d+)\..*?([^.]+)\.weight$", name):
+                    both = jaccard(masks[first][name], masks[m][name])
+                    found.setdefault(m, []).append((int(layer[1]), layer[2], both))
+        for index, label in ((0, "layer"), (1, "kind of parameter")):
+            axes = next(panel)
+            for m, rows in found.items():
+                means = {key: statistics.fmean(row[2] for row in rows if row[index] == key)
+                         for key in sorted({row[index] for row in rows})}
+                axes.plot(list(means), list(means.values()), marker=".", linestyle="-" if index == 0 else "",
+                          label=names[m])
+            axes.axhline(1 / 3, color="grey", linestyle=":", label="two random halves")
+            axes.set(xlabel=label, ylabel=f"Jaccard index of the weights frozen, with {names[first]}", ylim=(0, 1.02))
+            axes.tick_params("x", rotation=90 * index)
+            axes.legend(fontsize=8)
+    for axes in grid[0]:
+        axes.grid(alpha=0.3)
+    figure.savefig(path + ".tmp", format="png", dpi=150 if panels == 1 else 100)
+    pyplot.close(figure)
     os.replace(path + ".tmp", path)
     print("wrote", path)
 

