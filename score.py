@@ -67,7 +67,7 @@ def parse_args(argv):
     parser.add_argument("--adapted", help="delta only: folder of the adapted model")
     parser.add_argument("--num-samples", type=int, default=500, help="calibration sequences (paper: 500)")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a calibration sequence (paper: 2,048)")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a forward pass")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a forward pass; fim: always 1")
     parser.add_argument("--seed", type=int, default=42, help="order of the calibration rows; the random scores")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="of the forward pass; auto: bfloat16 on a GPU, else, and for delta, float32")
@@ -75,12 +75,14 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.method in CALIBRATED and not args.data:
         parser.error(f"--method {args.method} reads calibration text: add --data FILE")
+    if args.method not in CALIBRATED and args.data:
+        parser.error(f"--method {args.method} reads no calibration text: leave out --data")
     if (args.method == "delta") != bool(args.adapted):
         parser.error("--method delta and --adapted FOLDER belong together")
     if args.method == "sparsegpt" and args.axis == "row":
         parser.error("--method sparsegpt gives all rows of a matrix the same score: choose --axis column or element")
-    if min(args.num_samples, args.seq_len, args.batch_size) < 1:
-        parser.error("--num-samples, --seq-len and --batch-size must be at least 1")
+    if min(args.num_samples, args.seq_len - (args.method == "fim"), args.batch_size) < 1:
+        parser.error("--num-samples, --seq-len and --batch-size must be at least 1, --seq-len at least 2 for fim")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     parent = next(folder for folder in args.out.absolute().parents if folder.exists())
@@ -332,6 +334,8 @@ def main(argv=None):
         skeleton = AutoModelForCausalLM.from_config(config)
     owners = scored_parameters(skeleton)
     matrices = sum(skeleton.get_parameter(name).dim() == 2 for name in owners)
+    if args.method == "sparsegpt" and any(name.endswith("bias") for name in owners):
+        fail(f"--method sparsegpt: {args.model} has biases, whose input is the constant 1: nothing ranks them")
     print(f"{args.method} scores of {args.model}, one for each {args.axis}: {matrices} matrices, "
           f"{len(owners) - matrices} norm weights and biases; embeddings and LM head are not scored")
 
@@ -366,6 +370,8 @@ def main(argv=None):
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             fail(f"the scores of {name} are not finite: the model overflows in {dtype}; try --dtype float32")
+    if not any(score.any() for score in scores.values()):
+        fail("all scores are 0" + (f": {args.adapted} is {args.model} itself" if args.adapted else ""))
 
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     save_atomically({name: score.contiguous().cpu() for name, score in scores.items()}, args.out, {
@@ -375,7 +381,8 @@ def main(argv=None):
         "shapes": json.dumps(shapes),
         "torch": torch.__version__, "transformers": transformers.__version__})
     print(f"scores of {len(scores)} parameters: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
-    print(f"next: python make_mask.py --scores {args.out} --out {args.out.parent}/METHOD/mask.safetensors")
+    lota = " --freeze lowest --ratio 0.9" if args.method == "delta" else ""
+    print(f"next: python make_mask.py --scores {args.out}{lota} --out {args.out.parent}/METHOD/mask.safetensors")
 
 
 if __name__ == "__main__":

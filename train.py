@@ -101,6 +101,8 @@ def parse_args(argv):
         parser.error("--gmt-ratio must be at least 0 and below 1")
     if bool(args.mask) + (args.gmt_ratio is not None) + args.adalora > 1:
         parser.error("--mask, --gmt-ratio and --adalora are three methods: choose one")
+    if args.adalora and args.precision == "fp16":
+        parser.error("--adalora needs --precision bf16 or fp32: a step left out by fp16 could be the one that prunes")
     if args.adalora and (args.save_every or args.resume):
         parser.error("--adalora cannot resume (peft's rank allocator has a state of its own): leave out --save-every")
     if args.adalora and not importlib.util.find_spec("peft"):
@@ -170,6 +172,8 @@ def load_masks(path, model):
     missing, extra = sorted(maskable(model) - set(masks)), sorted(set(masks) - known)
     if missing or extra:
         fail(f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}; make it with make_mask.py")
+    if not any(mask.any() for mask in masks.values()) and known <= set(masks):
+        fail(f"--mask {path}: freezes every weight, so there is nothing to train; make another with make_mask.py")
     for name, mask in masks.items():
         shape = model.get_parameter(name).shape
         if mask.dim() != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True)):
@@ -316,7 +320,7 @@ def drop_smallest(grad, ratio):
         return grad
     if size.device.type == "cpu":  # torch's own selection takes 60 times as long there
         return grad * (size.view_as(grad) > float(np.partition(size.numpy(), dropped - 1)[dropped - 1]))
-    return grad * (size.view_as(grad) > size.kthvalue(dropped).values)
+    return grad * (size.view_as(grad) > size.sort().values[dropped - 1])  # kthvalue is slower on a GPU
 
 
 def add_adalora(model, steps):

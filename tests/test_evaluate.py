@@ -374,7 +374,7 @@ def test_report_draws_ratios_and_overlaps(tmp_path, monkeypatch):
     import numpy
     from matplotlib import pyplot
     from safetensors.numpy import save_file
-    for number, method in enumerate(("source", "fft", "hft", "lota-50", "lota-90", "lota@0.125", "ssu-wanda",
+    for number, method in enumerate(("source", "fft", "hft", "lota", "lota-90", "lota@0.125", "ssu-wanda",
                                      "ssu-wanda@0.25", "ssu-wanda@0.875")):
         evaluation(tmp_path, method, 1.0 + number / 8, 2.0 / (1 + number), 20.0)
     rng = numpy.random.default_rng(0)
@@ -399,7 +399,23 @@ def test_report_draws_ratios_and_overlaps(tmp_path, monkeypatch):
                 for m in ("ssu-wanda", "lota-90"))
         assert tuple(panels[3]["LoTA (90%)"][layer]) == pytest.approx((layer, (a & b).sum() / (a | b).sum()))
     text = (tmp_path / "report.md").read_text()
+    for name, expected in {"ssu-wanda@0.25": ("ssu-wanda", 0.25), "lota-90": ("lota", 0.9), "lota": ("lota", 0.5),
+                           "fft": ("fft", None), "my-lota-run": ("my-lota-run", None), "gmt": ("gmt", 0.5),
+                           "mine@seed43": ("mine@seed43", None)}.items():
+        assert evaluate.method_and_ratio(name) == expected
     assert "| SSU-Wanda 0.25 " in text and text.index("| SSU-Wanda 0.875") < text.index("| LoTA 0.125 ")
+
+
+def test_report_refuses_masks_that_are_damaged_or_of_other_models(tmp_path, capsys):
+    import numpy
+    from safetensors.numpy import save_file
+    for method in ("source", "ssu-wanda", "hft"):
+        evaluation(tmp_path, method, 1.0, 2.0, 20.0)
+    for method in ("ssu-wanda", "hft"):
+        save_file({"a": numpy.ones(2)}, tmp_path / method / "mask.safetensors", {"fingerprint": method})
+    assert "different models" in fails(capsys, "--report", tmp_path)
+    (tmp_path / "hft/mask.safetensors").write_bytes(b"cut")
+    assert "hft/mask.safetensors cannot be read" in fails(capsys, "--report", tmp_path)
 
 
 def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):

@@ -88,6 +88,7 @@ def damaged(scores, folder, change):
     (lambda m, t: m.update(version="2"), "not a scores file"),
     (lambda m, t: m.update(axis="diagonal"), "not a scores file"),
     (lambda m, t: m.update(axis="element"), "does not fit"),
+    (lambda m, t: m.pop("fingerprint"), "not a scores file"),
     (lambda m, t: m.update(fingerprint="0" * 64), "fingerprint"),
     (lambda m, t: t.update({"extra.weight": torch.ones(3)}), "does not fit"),
     (lambda m, t: t.update({"model.norm.weight": torch.ones(3)}), "does not fit"),
@@ -224,7 +225,10 @@ def test_jaccard_of_columns_rows_and_whole_matrices():
     for a in (column, row, element, whole):
         for b in (column, row, element, whole):
             x, y = zeros(a, (5, 6)), zeros(b, (5, 6))
-            assert make_mask.jaccard(a, b) == pytest.approx(len(x & y) / len(x | y))
+            share = len(x) * len(y) / 900
+            assert make_mask.overlap(a, b) == pytest.approx(
+                (len(x & y) / len(x | y), share / (len(x) / 30 + len(y) / 30 - share)))
+    assert make_mask.overlap(1 - whole, 1 - whole) is None
 
 
 def test_compare_prints_each_layer_and_kind(olmo2, scores, tmp_path, capsys):
@@ -234,12 +238,29 @@ def test_compare_prints_each_layer_and_kind(olmo2, scores, tmp_path, capsys):
     make_mask.main(["--compare", str(tmp_path / "half"), str(tmp_path / "half")])
     make_mask.main(["--compare", str(tmp_path / "half"), str(tmp_path / "quarter")])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    same, nested = lines[:6], lines[6:]
+    same, nested = lines[:7], lines[7:]
     assert "q_proj" in same[2] and "post_feedforward_layernorm" in same[2]
-    assert [line[0] for line in same[3:]] == ["0", "1", "mean"] and set(sum((line[1:] for line in same[3:]), [])) == {
-        "1.000"}
-    assert set(nested[3][1:]) == {"0.500"}  # a quarter of the columns, all of them in the half
-    assert " 0.200;" in " ".join(nested[1])  # what chance gives: .125 / (.5 + .25 - .125)
+    assert [line[0] for line in same[3:]] == ["0", "1", "mean", "chance"]
+    assert {value for line in same[3:6] for value in line[1:]} == {"1.000"} and set(same[6][1:]) == {"0.333"}
+    assert {value for line in nested[3:6] for value in line[1:]} == {"0.500"}  # a quarter of the columns, in the half
+    assert set(nested[6][1:]) == {"0.200"}  # .125 / (.5 + .25 - .125)
+
+
+def test_compare_with_whole_modules_and_nothing_frozen(olmo2, scores, tmp_path, capsys):
+    """Half of the columns and a whole matrix share .5, by necessity; and nothing with a matrix that HFT leaves."""
+    run(scores, tmp_path / "half", 0.5)
+    masks = masks_of("hft", olmo2, tmp_path / "hft")
+    masks_of("hft", olmo2, tmp_path / "none", "--ratio", 0)
+    capsys.readouterr()
+    make_mask.main(["--compare", str(tmp_path / "half"), str(tmp_path / "hft")])
+    make_mask.main(["--compare", str(tmp_path / "none"), str(tmp_path / "none")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[5][1:] == lines[6][1:]  # mean and chance: no randomness is left in it
+    q = lines[2].index("q_proj")
+    for layer in range(2):
+        frozen = masks[f"model.layers.{layer}.self_attn.q_proj.weight"].item() == 0
+        assert lines[3 + layer][q] == ("0.500" if frozen else "0.000")
+    assert lines[9] == ["layer"]
 
 
 def test_which_arguments_belong_together(olmo2, llama, scores, tmp_path, capsys):
@@ -248,11 +269,20 @@ def test_which_arguments_belong_together(olmo2, llama, scores, tmp_path, capsys)
     assert "give --scores" in refused(capsys, "--out", out, "--scores", scores, "--method", "hft", "--model", olmo2)
     assert "belong together" in refused(capsys, "--out", out, "--method", "hft")
     assert "--out is missing" in refused(capsys, "--scores", scores)
-    assert "trains nothing" in refused(capsys, "--method", "s2ft-down", "--model", olmo2, "--ratio", 1, "--out", out)
+    s2ft = ["--model", olmo2, "--out", out, "--method"]
+    assert "no weight of down_proj" in refused(capsys, *s2ft, "s2ft-down", "--ratio", 1)
+    assert "no weight of down_proj" in refused(capsys, *s2ft, "s2ft-down-output")  # 1.5% of 48 channels
+    assert "has none" in refused(capsys, *s2ft, "hft", "--freeze", "lowest")
+    assert "--seed is score.py's" in refused(capsys, "--scores", scores, "--out", out, "--seed", 1)
+    assert "nothing else" in refused(capsys, "--compare", out, out, "--out", out)
     assert "nowhere" in refused(capsys, "--method", "hft", "--model", "./nowhere", "--out", out)
     make_mask.main(["--scores", str(scores), "--out", str(out)])
     masks_of("hft", llama, tmp_path / "other")
     capsys.readouterr()
     assert "models that differ" in refused(capsys, "--compare", out, tmp_path / "other")
+    damaged(out, tmp_path, lambda m, t: t.update({"model.norm.weight": torch.ones(3, dtype=torch.uint8)}))
+    assert "does not fit" in refused(capsys, "--compare", out, tmp_path / "scores.safetensors")
+    damaged(out, tmp_path, lambda m, t: m.pop("fingerprint"))
+    assert "not a mask file" in refused(capsys, "--compare", out, tmp_path / "scores.safetensors")
     assert "not a mask file" in refused(capsys, "--compare", out, scores)
     assert "cannot be read" in refused(capsys, "--compare", out, tmp_path / "none")

@@ -22,8 +22,9 @@ import score
 
 
 def run(model, data, out, *extra):
-    score.main(["--model", str(model), "--data", str(data), "--out", str(out), "--num-samples", "6", "--seq-len", "64",
-                "--batch-size", "4", *extra])
+    text = [] if "random" in extra or "magnitude" in extra else ["--data", str(data)]
+    score.main(["--model", str(model), "--out", str(out), "--num-samples", "6", "--seq-len", "64", "--batch-size", "4",
+                *text, *extra])
     return load_file(out)
 
 
@@ -96,7 +97,7 @@ def test_magnitude_and_random(olmo2, chats, tmp_path):
     assert not torch.equal(a["model.layers.0.mlp.down_proj.weight"], a[name])
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "qwen2"])
+@pytest.mark.parametrize("kind", ["olmo2", "llama"])
 def test_sparsegpt_is_the_mean_square_of_the_inputs(kind, chats, tmp_path):
     """E[x_j^2] in float64, from the inputs that forward hooks captured: ||X_j||^2 of |theta| = 1 over the tokens."""
     folder = tiny_model(tmp_path / kind, kind)
@@ -167,6 +168,8 @@ def test_lota_updates_the_weights_that_went_furthest(olmo2, tmp_path):
     AutoTokenizer.from_pretrained(olmo2).save_pretrained(adapted)
     score.main(["--model", str(olmo2), "--method", "delta", "--axis", "element", "--adapted", str(adapted),
                 "--out", str(tmp_path / "s")])
+    with pytest.raises(SystemExit):  # which end to freeze must be said
+        make_mask.main(["--scores", str(tmp_path / "s"), "--ratio", "0.9", "--out", str(tmp_path / "m")])
     make_mask.main(["--scores", str(tmp_path / "s"), "--freeze", "lowest", "--ratio", "0.9", "--out",
                     str(tmp_path / "m")])
     masks = load_file(tmp_path / "m")
@@ -230,7 +233,7 @@ def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_other_bad_input(olmo2, llama, chats, tmp_path, capsys):
+def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
     out = tmp_path / "s.safetensors"
     assert "no such folder" in refused(capsys, "--model", "./nowhere", "--data", chats, "--out", out)
     assert "no such file" in refused(capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out)
@@ -239,9 +242,14 @@ def test_other_bad_input(olmo2, llama, chats, tmp_path, capsys):
         assert "add --data" in refused(capsys, "--model", olmo2, "--out", out, "--method", method)
     assert "belong together" in refused(capsys, "--model", olmo2, "--out", out, "--method", "delta")
     assert "belong together" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--adapted", olmo2)
+    assert "leave out --data" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "random")
+    assert "at least 2 for fim" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "fim",
+                                           "--seq-len", "1")
     delta = ["--model", olmo2, "--out", out, "--method", "delta", "--adapted"]
     assert "no such folder" in refused(capsys, *delta, "./nowhere")
     assert "are not those of" in refused(capsys, *delta, llama)
+    assert "all scores are 0" in refused(capsys, *delta, olmo2)
+    assert "has biases" in refused(capsys, "--model", qwen2, "--out", out, "--data", chats, "--method", "sparsegpt")
     assert "same score" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "sparsegpt",
                                    "--axis", "row")
     (tmp_path / "file").write_text("")

@@ -225,6 +225,7 @@ def test_methods_that_exclude_each_other_are_refused(olmo2, mask, text, tmp_path
                   ["--gmt-ratio", "0", "--adalora"], ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"]):
         assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
     for extra, message in ((["--adalora", "--save-every", "5"], "cannot resume"), (["--gmt-ratio", "1"], "below 1"),
+                           (["--adalora", "--precision", "fp16"], "fp16"),
                            (["--adalora", "--resume"], "cannot resume"), (["--gmt-ratio", "nan"], "below 1")):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -524,6 +525,9 @@ def rewritten(mask, path, change):
     (lambda m, t: t.update({"other.weight": torch.ones(1, 32, dtype=torch.uint8)}), "unknown ['other.weight']"),
     (lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}), "has a mask [5] for weights [32]"),
     (lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}), "other values than"),
+    (lambda m, t: t.update({name: torch.zeros(1, 1, dtype=torch.uint8) for name in ("lm_head.weight",
+                            "model.embed_tokens.weight")} | {name: torch.zeros_like(mask) for name, mask in t.items()}),
+     "nothing to train"),
     (lambda m, t: m.update(format="ssu-scores"), "not a mask file"),
     (lambda m, t: m.update(fingerprint="0"), "parameters differ")])
 def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, capsys):
