@@ -598,7 +598,8 @@ def plot(value, names, target, masks, path):
                       label="random masks that freeze as much")
             axes.set(xlabel=label, ylabel=f"frozen weights: Jaccard index with {names[first]}", ylim=(0, 1.02))
             axes.tick_params("x", rotation=60 * index)
-            axes.legend(fontsize=8)
+            if index == 0:
+                axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in grid[0]:
         axes.grid(alpha=0.3)
     figure.savefig(path + ".tmp", format="png", dpi=150 if panels == 1 else 100)
