@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 select=(-m "not slow")
 if [ "${1:-}" = --slow ]; then select=(); shift; fi
 ruff check
-python -m pytest -q -c tests/pytest.ini "${select[@]}" --durations=5 tests "$@"
+python -m pytest -q -c tests/pytest.ini -n 2 "${select[@]}" --durations=5 tests "$@"
