@@ -558,8 +558,12 @@ def plot(value, names, target, masks, path):
             curves.setdefault(method, []).append((ratio, m))
     curves = {method: sorted(points) for method, points in curves.items() if len(points) > 1}
     panels = 1 + 2 * bool(curves) + 2 * bool(masks)
-    figure, grid = pyplot.subplots(1, panels, figsize=(6 * panels, 5.4), layout="constrained", squeeze=False)
-    panel = iter(grid[0])
+    rows, columns = math.ceil(panels / 3), min(3, panels)
+    size = (6 * columns, 5.4 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[panels:]:
+        axes.remove()
+    panel = iter(grid.flat)
     axes = next(panel)
     for m, name in names.items():
         x, y = statistics.fmean(gained[m]), statistics.fmean(kept[m])
@@ -600,7 +604,7 @@ def plot(value, names, target, masks, path):
             axes.tick_params("x", rotation=60 * index)
             if index == 0:
                 axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    for axes in grid[0]:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.savefig(path + ".tmp", format="png", dpi=150 if panels == 1 else 100)
     pyplot.close(figure)
