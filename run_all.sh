@@ -4,6 +4,7 @@
 #   bash run_all.sh ne                                  Nepali (or ky am ha ig), the embedded profile
 #   METHODS="ssu-wanda hft gmt fft" bash run_all.sh ne  any methods of the paper; README.md has the list
 #   RATIOS="0.25 0.5 0.75" bash run_all.sh ne           several freezing ratios, as in Figure 2
+#   TASKS=bpb bash run_all.sh ne                        bits per byte alone, a third of the evaluation's time
 #   MODEL=folder-or-hub-name DATA_DIR=folder STEPS=200 SEED=43 RUNS=runs/mine bash run_all.sh ne
 #
 # What is done already with the same settings is skipped; what was interrupted goes on; what changed is made anew.
@@ -15,6 +16,7 @@ case "${1:-}" in ne|ky|am|ha|ig) lang=$1 ;; *)
 esac
 METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} STEPS=${STEPS:-32} SEED=${SEED:-42} RUNS=${RUNS:-runs}
 DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model}
+TASKS=${TASKS:-bpb,mcq,mt,chat}
 CALIBRATION=${CALIBRATION:-$DATA_DIR/en/calibration.jsonl} NUM_SAMPLES=${NUM_SAMPLES:-32}
 known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
 lota lota-90 lota-50 s2ft-down s2ft-down-output"
@@ -27,6 +29,7 @@ RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
 [[ $STEPS =~ ^[1-9][0-9]*$ && $SEED =~ ^[0-9]+$ && $NUM_SAMPLES =~ ^[1-9][0-9]*$ ]] ||
     fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
+[[ $TASKS =~ ^(bpb|mcq|mt|chat)(,(bpb|mcq|mt|chat))*$ ]] || fail "TASKS has $TASKS: choose from bpb,mcq,mt,chat"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
 if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
     nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then best=bf16; fi
@@ -60,8 +63,10 @@ stage() {
 if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
-for file in "$CALIBRATION" $en/{heldout,mmlu.test}.jsonl \
-        $target/{train,heldout,mmlu.test,flores.dev,flores.devtest}.jsonl; do
+needed="$CALIBRATION $en/heldout.jsonl $target/train.jsonl $target/heldout.jsonl"
+if [[ $TASKS = *mcq* ]]; then needed+=" $en/mmlu.test.jsonl $target/mmlu.test.jsonl"; fi
+if [[ $TASKS = *mt* ]]; then needed+=" $target/flores.dev.jsonl $target/flores.devtest.jsonl"; fi
+for file in $needed; do
     [ -s "$file" ] || fail "$file is missing or empty: data/README.md says what belongs there"
 done
 [[ -d $MODEL || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] || fail "MODEL=$MODEL: no such folder"
@@ -70,7 +75,7 @@ train="python train.py --model $MODEL --data $target/train.jsonl --batch-size 8 
 --lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
 --source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
 evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 \
---batch-tokens 16384 --dtype $dtype"
+--batch-tokens 16384 --dtype $dtype --tasks $TASKS"
 texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
 
 stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$MODEL" --out "$run/source/eval.json"

@@ -25,7 +25,7 @@ def test_usage_names_the_five_languages(argv):
 
 @pytest.mark.parametrize("setting,value", [
     ("METHODS", "fft ssu-best"), ("STEPS", "many"), ("SEED", "-1"), ("RATIOS", "0.5 2"), ("PRECISION", "int8"),
-    ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("MODEL", "./nowhere"),
+    ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("TASKS", "bpb,mrc"), ("MODEL", "./nowhere"),
     ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
 def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, folder, tmp_path):
     settings = dict(RUNS=str(tmp_path), MODEL=str(folder / "model"), DATA_DIR=str(folder / "data")) | {setting: value}
@@ -70,8 +70,10 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
     assert again.returncode == 0 and again.stdout.count("done before:") == 5 and "\n+ " not in again.stdout
 
     (folder / "data/ne/train.jsonl").write_text((folder / "data/ne/train.jsonl").read_text() + '{"text": "more"}\n')
-    changed = run_all("ne", **settings)
+    (folder / "data/ne/mmlu.test.jsonl").unlink()
+    changed = run_all("ne", TASKS="bpb", **settings)
     assert changed.returncode == 0, changed.stderr[-3000:]
+    assert json.loads((run / "source/eval.json").read_text())["results"].keys() == {"bpb"}
     assert changed.stdout.count("done before:") == 2  # the scores and the mask; training and evaluations are made anew
 
 
