@@ -20,7 +20,7 @@ Tiny, on a CPU:
     python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \
         --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
 The paper's setting, on one GPU:
-    python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu.jsonl --out runs/ne/scores-wanda.safetensors
+    python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu --out runs/ne/scores-wanda.safetensors
 For LoTA (Section 6), how far each weight went in 100 steps of full fine-tuning:
     python score.py --model data/embedded/model --method delta --axis element --adapted runs/ne/lota-calibration/model \
         --out runs/ne/scores-delta-element.safetensors
@@ -29,6 +29,7 @@ import argparse
 import copy
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -45,6 +46,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CALIBRATED = ("wanda", "sparsegpt", "fim")  # the methods that read calibration text
+PRESETS = {  # name of --data: data set of the hub, revision, files (Section 4.2 and Table 5)
+    "tulu": ("allenai/tulu-3-sft-olmo-2-mixture", "main", "data/train-*.parquet"),
+    "alpaca": ("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "data/train-*.parquet"),
+}
+COLUMNS = {"id", "messages", "instruction", "input", "output"}  # that are read of them
 
 
 def fail(message):
@@ -58,7 +64,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of the source model")
     parser.add_argument("--data", help="calibration text (wanda, sparsegpt, fim): .jsonl, .jsonl.gz or .parquet with "
-                        "messages, instruction/output or text; or .txt, a document a line")
+                        "messages, instruction/output or text; .txt, a document a line; or tulu, alpaca from the hub")
     parser.add_argument("--out", required=True, type=Path, help="scores-<method>.safetensors to write")
     parser.add_argument("--method", default="wanda",
                         choices=["wanda", "magnitude", "random", "sparsegpt", "fim", "delta"])
@@ -126,6 +132,40 @@ def read_rows(path):
         fail(f"--data {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
 
 
+def hub_rows(preset, seed):
+    """Yields rows of a data set of the hub in an order drawn by seed, each with the `file` and `row` that it is.
+
+    Parquet files come in groups of about a thousand rows. Of all groups 32 are drawn and fetched, their rows shuffled
+    and yielded, then 32 more: 500 sequences take some 100 MB out of the 1.4 GB of tulu, from all parts of it. Raises
+    SystemExit(2) when the hub does not give them."""
+    import pyarrow.parquet as pq  # here, because it takes a second to import
+    from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub.errors import HTTPError
+    repo, revision, pattern = PRESETS[preset]
+    draw = random.Random(seed)
+    try:
+        commit = HfApi().dataset_info(repo, revision=revision).sha
+        hub = HfFileSystem()
+        paths = sorted(hub.glob(f"datasets/{repo}@{commit}/{pattern}"))
+        files = [pq.ParquetFile(hub.open(path, cache_type="none")) for path in paths]  # only what is asked for
+        starts = {(f, g): sum(file.metadata.row_group(i).num_rows for i in range(g))
+                  for f, file in enumerate(files) for g in range(file.num_row_groups)}
+        groups = list(starts)
+        draw.shuffle(groups)
+        while groups:
+            rows = []
+            for f, g in tqdm(groups[:32], desc=f"fetch {preset}", unit="row group"):
+                table = files[f].read_row_group(g, columns=[c for c in files[f].schema_arrow.names if c in COLUMNS])
+                rows += [{"data": f"{repo}@{commit}", "file": f, "row": starts[f, g] + i, **row}
+                         for i, row in enumerate(table.to_pylist())]
+            draw.shuffle(rows)
+            yield from rows
+            groups = groups[32:]
+    except (OSError, HTTPError) as error:
+        fail(f"--data {preset}: the hub did not give {repo} ({error}). Mend the network or "
+             "HF_TOKEN, or give a file of your own")
+
+
 def load_model(model, device, dtype):
     """The causal LM in eval mode, its files complete: a tensor that they lack would be random."""
     try:
@@ -155,28 +195,44 @@ def row_ids(row, tokenizer):
     return tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
 
 
-def calibration_tokens(path, tokenizer, num_samples, seq_len, seed):
-    """Packs calibration rows, in an order drawn by seed, into int64 tokens [samples, seq_len], samples <= num_samples.
-
-    Raises SystemExit(2) when a row has no text or when the file does not fill one sequence."""
-    rows = list(read_rows(path))
+def checked(rows, data, tokenizer):
+    """Yields the rows. Raises SystemExit(2) at one that is neither a chat nor text, or a chat without a template."""
     for number, row in enumerate(rows, 1):
         chat = isinstance(row, dict) and (is_chat(row.get("messages")) or (
             isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str) and not row.get("messages")))
         if not chat and not (isinstance(row, dict) and not row.get("messages") and isinstance(row.get("text"), str)):
-            fail(f"--data {path}: row {number} has neither `messages` of role and content, `instruction` and `output`, "
+            fail(f"--data {data}: row {number} has neither `messages` of role and content, `instruction` and `output`, "
                  "nor `text`")
         if chat and not tokenizer.chat_template:
-            fail(f"--data {path}: row {number} is a chat, but the tokenizer has no template: use an instruct model")
-    random.Random(seed).shuffle(rows)
-    ids = []
+            fail(f"--data {data}: row {number} is a chat, but the tokenizer has no template: use an instruct model")
+        yield row
+
+
+def calibration_tokens(data, tokenizer, num_samples, seq_len, seed, folder=Path(".")):
+    """Packs calibration rows, in an order drawn by seed, into int64 tokens [samples, seq_len], samples <= num_samples.
+
+    The rows that a preset gave are written to `folder`, and read from there another time. Raises SystemExit(2) when a
+    row has no text or when the data do not fill one sequence."""
+    if data in PRESETS:
+        drawn = folder / f"calibration-{data}-{seed}.jsonl"
+        before = list(read_rows(drawn)) if drawn.exists() else []
+        rows = itertools.chain(before, itertools.islice(hub_rows(data, seed), len(before), None))
+        rows = checked(rows, data, tokenizer)
+    else:
+        rows = list(checked(read_rows(data), data, tokenizer))
+        random.Random(seed).shuffle(rows)
+    ids, used = [], []
     for row in tqdm(rows, desc="tokenise calibration", unit="row"):
         ids += row_ids(row, tokenizer)
+        used.append(row)
         if len(ids) >= num_samples * seq_len:
             break
     samples = min(num_samples, len(ids) // seq_len)
     if samples == 0:
-        fail(f"--data {path}: {len(ids)} tokens do not fill one sequence of {seq_len}: give more text")
+        fail(f"--data {data}: {len(ids)} tokens do not fill one sequence of {seq_len}: give more text")
+    if data in PRESETS and len(used) > len(before):
+        write_atomically(drawn, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in used)))
+        print(f"the {len(used)} rows drawn from the hub, with their places there: {drawn}")
     return torch.tensor(ids[: samples * seq_len]).view(samples, seq_len)
 
 
@@ -312,19 +368,19 @@ def fisher_scores(model, names, tokens, axis):
     return {name: total / len(tokens) for name, total in sums.items()}
 
 
-def save_atomically(tensors, path, metadata):
-    """Writes a safetensors file so that `path` is always absent, the old one, or complete."""
+def write_atomically(path, write):
+    """Has write(temporary path) write a file, so that `path` is always absent, the old one, or complete."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=metadata)
+        write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
-        fail(f"--out {path}: cannot be written ({error})")
+        fail(f"{path}: cannot be written ({error})")
 
 
 def main(argv=None):
@@ -341,8 +397,8 @@ def main(argv=None):
 
     tokens = torch.empty(0, 0)
     if args.method in CALIBRATED:
-        tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
-        short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the file holds no more)"
+        tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed, args.out.parent)
+        short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the data hold no more)"
         print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short}, {args.data}")
         print(f"first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
     if args.adapted:
@@ -374,12 +430,14 @@ def main(argv=None):
         fail("all scores are 0" + (f": {args.adapted} is {args.model} itself" if args.adapted else ""))
 
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    save_atomically({name: score.contiguous().cpu() for name, score in scores.items()}, args.out, {
+    metadata = {
         "format": "ssu-scores", "version": "1", "method": args.method, "axis": args.axis, "model": args.model,
         "fingerprint": fingerprint(model), "seed": str(args.seed), "data": str(args.adapted or args.data),
         "num_samples": str(len(tokens)), "seq_len": str(args.seq_len), "num_tokens": str(tokens.numel()),
         "shapes": json.dumps(shapes),
-        "torch": torch.__version__, "transformers": transformers.__version__})
+        "torch": torch.__version__, "transformers": transformers.__version__}
+    tensors = {name: score.contiguous().cpu() for name, score in scores.items()}
+    write_atomically(args.out, lambda path: save_file(tensors, path, metadata=metadata))
     print(f"scores of {len(scores)} parameters: {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
     lota = " --freeze lowest --ratio 0.9" if args.method == "delta" else ""
     print(f"next: python make_mask.py --scores {args.out}{lota} --out {args.out.parent}/METHOD/mask.safetensors")

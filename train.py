@@ -16,10 +16,11 @@ Tiny, on a CPU:
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --steps 32 --batch-size 8 \
         --micro-batch-size 8 --seq-len 128 --lr 5e-4
 The paper's setting, on one GPU (fp32 weights, gradients and moments: 16 bytes a parameter):
-    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data ne.jsonl.gz \
+    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --gradient-checkpointing --save-every 500
 """
 import argparse
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -48,6 +49,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, is_flash_attn_2_available
 
+MADLAD = "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"  # --data madlad:LANG (Section 4.2)
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ends a document; a chat turn may end otherwise
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 QUESTION = "What is the capital of France?"
@@ -64,7 +66,8 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", required=True, help="folder or hub name of the source model")
-    add("--data", required=True, help="target text: .jsonl, .jsonl.gz, .parquet with `text`; .txt, a document a line")
+    add("--data", required=True, help="target text: .jsonl, .jsonl.gz, .parquet with `text`; .txt, a "
+        "document a line; or madlad:LANG (ne, ky, am, ha, ig, ...), MADLAD-400's clean part from the hub")
     add("--mask", type=Path, help="mask.safetensors of make_mask.py; none: full fine-tuning")
     add("--out", required=True, type=Path, help="folder for model/, checkpoint/ and train.jsonl")
     add("--source-eval", help="held-out source text or chats, for bits per byte along the way")
@@ -205,69 +208,121 @@ def sha256_of(paths):
     return digest.hexdigest()
 
 
-def read_texts(flag, path, tokenizer, templated):
-    """Yields the documents of a data file as strings; chats (held-out text only) through the chat template."""
-    number = 0
+def madlad(lang):
+    """MADLAD-400's clean documents of a language, fetched once into the hub's cache: a datasets.Dataset with `text`.
+
+    Of Nepali 250,000 are drawn, as the authors do; of the others all are read."""
+    from datasets import load_dataset
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+    repo, revision = MADLAD
     try:
-        if path.suffix == ".parquet":
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision,
+                                   allow_patterns=f"data/{lang}/{lang}_clean_*.jsonl.gz")
+    except (OSError, HTTPError) as error:
+        fail(f"--data madlad:{lang}: the hub did not give {repo} ({error}). Mend the network, or give a file")
+    files = sorted(map(str, Path(folder, "data", lang).glob("*.jsonl.gz")))
+    if not files:
+        fail(f"--data madlad:{lang}: {repo} has no such language; see its card for the codes")
+    rows = load_dataset("json", data_files=files, split="train")
+    return rows.shuffle(seed=42).select(range(min(len(rows), 250_000))) if lang == "ne" else rows
+
+
+def read_texts(flag, data, tokenizer, templated):
+    """Yields the documents of a data file or preset as strings; chats (held-out text only) through the template."""
+    path, number = Path(data), 0
+    try:
+        if data.startswith("madlad:"):
+            # the data set writes a line break as a backslash and an n
+            rows = ({"text": row["text"].replace("\\n", "\n")} for row in madlad(data.removeprefix("madlad:")))
+        elif path.suffix == ".parquet":
             from datasets import load_dataset  # here, because it takes a second to import
-            rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            rows = load_dataset("parquet", data_files=data, split="train", streaming=True)
         else:
             rows = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
         for row in rows:
             number += 1
-            if path.suffix != ".parquet":
+            if isinstance(row, bytes):
                 row = {"text": row.decode().strip()} if path.suffix == ".txt" else json.loads(row)
             chat = isinstance(row, dict) and templated and row.get("messages")
             if chat and tokenizer.chat_template and isinstance(chat, list) and isinstance(chat[0], dict):
                 yield tokenizer.apply_chat_template(chat, tokenize=False)
             elif chat or not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                fail(f"{flag} {path}: line {number} has no `text`"
+                fail(f"{flag} {data}: line {number} has no `text`"
                      + (" and no `messages` for which the tokenizer has a chat template" if templated else ""))
             elif row["text"]:
                 yield row["text"]
     except (ValueError, OSError, EOFError) as error:
-        fail(f"{flag} {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
+        fail(f"{flag} {data}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
 
 
-def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, at_least=1, templated=False):
-    """Tokenises a data file once: (memmap of token ids [tokens], facts about the text). Reruns read the cached file.
+def tokenise(texts, tokenizer, end_of_text, templated, dtype, path, done):
+    """Appends the texts' token ids to the file `path`, a thousand texts at once, on all cores; returns counts of
+    documents, tokens, bytes and words. Killed, it goes on after the last 10,000 documents; the file `done` counts them.
+    """
+    counts = dict(documents=0, tokens=0, bytes=0, words=0)
+    with open(path, "ab") as file:
+        if done.exists() and file.tell() >= (before := json.loads(done.read_text()))["tokens"] * dtype.itemsize:
+            counts = before
+        file.truncate(counts["tokens"] * dtype.itemsize)
+        texts = itertools.islice(texts, counts["documents"], None)
+        with tqdm(desc=f"tokenise {path.stem}", unit="doc", initial=counts["documents"]) as bar:
+            while batch := list(itertools.islice(texts, 1000)):
+                encoded = tokenizer(batch, add_special_tokens=not templated, return_attention_mask=False)["input_ids"]
+                for ids in encoded:
+                    ids += [end_of_text] * (ids[-1:] != [end_of_text])
+                    file.write(np.array(ids, dtype).tobytes())
+                more = dict(documents=len(batch), tokens=sum(map(len, encoded)),
+                            bytes=sum(len(text.encode()) for text in batch), words=sum(len(t.split()) for t in batch))
+                counts = {name: counts[name] + more[name] for name in counts}
+                bar.update(len(batch))
+                if counts["documents"] % 10_000 == 0:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    write_atomically(done, json.dumps(counts))
+        file.flush()
+        os.fsync(file.fileno())
+    return counts
+
+
+def token_file(flag, data, tokenizer, tokenizer_sha256, end_of_text, cache, at_least=1, templated=False):
+    """Tokenises a data file or preset once: (memmap of token ids [tokens], facts about the text). Reruns read those.
 
     Every document gets the tokenizer's own BOS, if it has one, and ends with end-of-text. The dtype is the smallest of
     uint16 and uint32 that holds the vocabulary. Raises SystemExit(2) for unfit data or cache, naming the line."""
-    path = Path(path)
-    if not path.is_file():
-        fail(f"{flag} {path}: no such file")
+    preset = data.startswith("madlad:")
+    if not preset and not Path(data).is_file():
+        fail(f"{flag} {data}: no such file")
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    made_from = f"1 {sha256_of([path])} {tokenizer_sha256} {end_of_text} {templated}"
-    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    tokens_path, facts_path = cache / f"{path.stem}-{key}.bin", cache / f"{path.stem}-{key}.json"
+    made_from = f"{data}@{MADLAD[1]}" if preset else sha256_of([Path(data)])
+    key = hashlib.sha256(f"1 {made_from} {tokenizer_sha256} {end_of_text} {templated}".encode()).hexdigest()[:16]
+    tokens_path = cache / f"{data.replace(':', '-') if preset else Path(data).stem}-{key}.bin"
+    facts_path, part = tokens_path.with_suffix(".json"), tokens_path.with_suffix(".part")
     if not facts_path.exists():  # written last, so its presence says that the tokens are complete
-        facts = dict(data=str(path), key=key, dtype=dtype.name, documents=0, tokens=0, bytes=0, words=0)
-        temporary = tokens_path.with_suffix(f".{os.getpid()}.tmp")
-        texts = read_texts(flag, path, tokenizer, templated)
+        texts = read_texts(flag, data, tokenizer, templated)
         first = next(texts, None)
         if first is None:
-            fail(f"{flag} {path}: no text in it")
+            fail(f"{flag} {data}: no text in it")
         cache.mkdir(parents=True, exist_ok=True)
+        folder, done = os.open(cache, os.O_RDONLY), part.with_suffix(".done")
+        fcntl.flock(folder, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
         try:
-            with open(temporary, "wb") as file:
-                for text in tqdm(itertools.chain([first], texts), desc=f"tokenise {path.name}", unit="doc"):
-                    ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
-                    ids += [end_of_text] * (ids[-1:] != [end_of_text])
-                    file.write(np.array(ids, dtype).tobytes())
-                    counts = dict(documents=1, tokens=len(ids), bytes=len(text.encode()), words=len(text.split()))
-                    facts |= {name: facts[name] + count for name, count in counts.items()}
-                file.flush()
-                os.fsync(file.fileno())
-            if facts["tokens"] < at_least:
-                fail(f"{flag} {path}: {facts['tokens']} tokens are too short for one block of {at_least}")
-            os.replace(temporary, tokens_path)
-            write_atomically(facts_path, json.dumps(facts))
-        finally:
-            temporary.unlink(missing_ok=True)
+            if not facts_path.exists():
+                texts = itertools.chain([first], texts)
+                counts = tokenise(texts, tokenizer, end_of_text, templated, dtype, part, done)
+                if counts["tokens"] < at_least:
+                    fail(f"{flag} {data}: {counts['tokens']} tokens are too short for one block of {at_least}")
+                os.replace(part, tokens_path)
+                write_atomically(facts_path, json.dumps(dict(data=data, key=key, dtype=dtype.name) | counts))
+                done.unlink(missing_ok=True)
+        except SystemExit:  # unfit text: nothing to go on from
+            part.unlink(missing_ok=True)
+            done.unlink(missing_ok=True)
             if not any(cache.iterdir()):
                 cache.rmdir()
+            raise
+        finally:
+            os.close(folder)
     try:
         facts = json.loads(facts_path.read_text())
         size = tokens_path.stat().st_size
@@ -278,7 +333,7 @@ def token_file(flag, path, tokenizer, tokenizer_sha256, end_of_text, cache, at_l
     if size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
         fail(f"{tokens_path}: not the {facts['tokens']:,} tokens that its .json promises; delete both")
     if facts["tokens"] < at_least:
-        fail(f"{flag} {path}: {facts['tokens']} tokens are too short for one block of {at_least}")
+        fail(f"{flag} {data}: {facts['tokens']} tokens are too short for one block of {at_least}")
     return np.memmap(tokens_path, facts["dtype"], "r"), facts
 
 

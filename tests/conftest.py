@@ -1,11 +1,17 @@
-"""Tiny random models with a real tokenizer and chat template, and a little text: all that the fast tests run on."""
+"""Tiny random models with a real tokenizer and chat template, a little text, and a hub on loopback: all that the fast
+tests run on."""
 import json
 import os
 import resource
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import hub
+
+os.environ["HF_ENDPOINT"] = hub.serve()  # before anything imports huggingface_hub, which reads these once
+os.environ["HF_HOME"] = str(hub.HUB / "home")
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ["HF_TOKEN"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for one another
 
 import pytest

@@ -292,7 +292,7 @@ def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp
 
 def next_tokens(model, text, folder):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return train.token_file("--data", text, tokenizer, "x", 0, folder / "cache")
+    return train.token_file("--data", str(text), tokenizer, "x", 0, folder / "cache")
 
 
 def test_tokens_end_of_text_dtype_and_cache(olmo2, text, tmp_path):
@@ -555,10 +555,10 @@ def test_vocabulary_beyond_the_token_file(olmo2, text, tmp_path, capsys):
     tokenizer.add_tokens([f"<new{i}>" for i in range(70_000)])
     (facts,) = (tmp_path / "cache").glob("*.json")
     with pytest.raises(SystemExit):
-        train.token_file("--data", text, tokenizer, "x", 0, tmp_path / "cache")
+        train.token_file("--data", str(text), tokenizer, "x", 0, tmp_path / "cache")
     assert "uint16 cannot hold a vocabulary of 70,400" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "cache")
-    tokens, _ = train.token_file("--data", text, tokenizer, "x", 0, tmp_path / "cache")
+    tokens, _ = train.token_file("--data", str(text), tokenizer, "x", 0, tmp_path / "cache")
     assert tokens.dtype == np.uint32
 
 

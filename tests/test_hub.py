@@ -1,0 +1,183 @@
+"""Data and models of the hub, through its real clients, against the stand-in of hub.py."""
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TEXT
+from hub import COMMIT, HUB, REQUESTS
+from huggingface_hub import HfFileSystem
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import score
+import train
+
+TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
+
+
+@pytest.fixture
+def served():
+    """The folder of the stand-in's data sets, empty, and nothing in the clients' caches."""
+    shutil.rmtree(HUB, ignore_errors=True)
+    HfFileSystem.clear_instance_cache()
+    REQUESTS.clear()
+    (HUB / "datasets").mkdir(parents=True)
+    return HUB / "datasets"
+
+
+def put_parquet(folder, rows, shards, group):
+    folder.mkdir(parents=True)
+    size = len(rows) // shards
+    for i in range(shards):
+        pq.write_table(pa.Table.from_pylist(rows[i * size:(i + 1) * size]),
+                       folder / f"train-{i:05}-of-{shards:05}.parquet", row_group_size=group)
+
+
+def put_tulu(served, rows=600):
+    chats = [{"id": f"sft_{i}", "source": "somewhere", "messages": [
+        {"role": "user", "content": f"{i} {TEXT[i % 5]}?"}, {"role": "assistant", "content": TEXT[(i + 1) % 5]}]}
+        for i in range(rows)]
+    put_parquet(served / TULU / "data", chats, shards=3, group=10)
+    return chats
+
+
+def test_tulu_is_drawn_from_all_parts_recorded_and_not_fetched_again(served, olmo2, tmp_path, capsys):
+    chats = put_tulu(served)
+    argv = ["--model", str(olmo2), "--data", "tulu", "--seq-len", "64", "--seed", "7", "--out"]
+    score.main([*argv, str(tmp_path / "a.safetensors"), "--num-samples", "200"])
+    drawn = [json.loads(line) for line in (tmp_path / "calibration-tulu-7.jsonl").read_text().splitlines()]
+    assert "rows drawn from the hub" in capsys.readouterr().out
+    for row in drawn:
+        original = chats[200 * row["file"] + row["row"]]
+        assert (row["id"], row["messages"], row["data"]) == (original["id"], original["messages"], f"{TULU}@{COMMIT}")
+        assert "source" not in row
+    places = [row["id"] for row in drawn]
+    assert len(set(places)) == len(places) and {row["file"] for row in drawn} == {0, 1, 2} and places != sorted(places)
+
+    # the same tokens as those rows in a file give, in their order
+    tokenizer, ids = AutoTokenizer.from_pretrained(olmo2), []
+    for row in drawn:
+        ids += tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    tokens = score.calibration_tokens("tulu", tokenizer, 200, 64, 7, tmp_path)
+    assert tokens.flatten().tolist() == ids[:200 * 64]
+
+    asked = len(REQUESTS)
+    score.main([*argv, str(tmp_path / "b.safetensors"), "--num-samples", "200"])
+    score.main([*argv, str(tmp_path / "c.safetensors"), "--num-samples", "50", "--method", "sparsegpt"])
+    assert len(REQUESTS) == asked
+    for name, tensor in load_file(tmp_path / "a.safetensors").items():
+        assert tensor.equal(load_file(tmp_path / "b.safetensors")[name])
+    score.main([*argv, str(tmp_path / "d.safetensors"), "--num-samples", "210"])  # more: goes on in the same order
+    more = [json.loads(line) for line in (tmp_path / "calibration-tulu-7.jsonl").read_text().splitlines()]
+    assert more[:len(drawn)] == drawn and len(more) > len(drawn) and len(REQUESTS) > asked
+
+
+def test_tulu_is_not_downloaded_whole(served, olmo2, tmp_path):
+    answers = [np.random.default_rng(i).bytes(9000).hex() for i in range(3000)]
+    put_parquet(served / TULU / "data", [{"id": f"{i}", "messages": [
+        {"role": "user", "content": f"{i}"}, {"role": "assistant", "content": answer}]}
+        for i, answer in enumerate(answers)], shards=3, group=10)
+    score.calibration_tokens("tulu", AutoTokenizer.from_pretrained(olmo2), 4, 64, 0, tmp_path)
+    spans = [span.removeprefix("bytes=").split("-") for _, path, span in REQUESTS if span and "/resolve/" in path]
+    size = sum(f.stat().st_size for f in served.rglob("*.parquet"))
+    assert 0 < sum(int(last) - int(first) + 1 for first, last in spans) < size / 2
+
+
+def test_alpaca_reads_as_the_authors_format_it(served, olmo2, tmp_path):
+    put_parquet(served / ALPACA / "data", [
+        {"instruction": f"Add {i}", "input": "3" if i % 2 else "", "output": "4", "text": "unused"} for i in range(40)],
+        shards=1, group=10)
+    tokens = score.calibration_tokens("alpaca", AutoTokenizer.from_pretrained(olmo2), 5, 32, 0, tmp_path)
+    first = json.loads((tmp_path / "calibration-alpaca-0.jsonl").read_text().splitlines()[0])
+    user = first["instruction"] + ("\n\nInput: 3" if first["input"] else "")
+    chat = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    assert AutoTokenizer.from_pretrained(olmo2).decode(tokens.flatten().tolist()).startswith(chat)
+    assert first["data"] == f"{ALPACA}@{score.PRESETS['alpaca'][1]}"
+
+
+@pytest.mark.parametrize("what", ["missing", "gated"])
+def test_a_data_set_that_the_hub_does_not_give_is_one_line(what, served, olmo2, tmp_path, capsys):
+    for repo, main in ((TULU, ["--data", "tulu"]), (MADLAD, ["--data", "madlad:ky"])):
+        if what == "gated":
+            (served / repo).mkdir(parents=True)
+            (served / repo / ".gated").touch()
+        with pytest.raises(SystemExit) as stopped:
+            if repo == TULU:
+                score.main(["--model", str(olmo2), *main, "--out", str(tmp_path / "s.safetensors")])
+            else:
+                train.main(["--model", str(olmo2), *main, "--out", str(tmp_path / "out")])
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert stopped.value.code == 2 and len(lines) == 1 and repo in lines[0]
+        assert not list(tmp_path.iterdir())
+
+
+def put_madlad(served, lang, documents):
+    folder = served / MADLAD / "data" / lang
+    folder.mkdir(parents=True)
+    for i in range(2):
+        with gzip.open(folder / f"{lang}_clean_{i:04}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents[i::2])
+        with gzip.open(folder / f"{lang}_noisy_{i:04}.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"text": "noise"}) + "\n")
+
+
+def test_madlad_is_unescaped_fetched_once_and_trained_on(served, olmo2, tmp_path):
+    put_madlad(served, "ne", [f"{i}" for i in range(30)])
+    put_madlad(served, "ky", [f"{i}\\n{TEXT[i % 5]}" for i in range(40)])
+    argv = ["--model", str(olmo2), "--data", "madlad:ky", "--steps", "2", "--batch-size", "2", "--seq-len", "32",
+            "--out"]
+    train.main([*argv, str(tmp_path / "a")])
+    assert (tmp_path / "a/model/model.safetensors").is_file()
+    (cached,) = (tmp_path / "tokens").glob("madlad-ky-*.bin")
+    documents = AutoTokenizer.from_pretrained(olmo2).decode(np.fromfile(cached, np.uint16)).split("<|endoftext|>")
+    assert documents[:-1] == [f"{i}\n{TEXT[i % 5]}" for k in range(2) for i in range(k, 40, 2)]
+    fetched = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
+    assert len(fetched) == 2 and all("_clean_" in path and train.MADLAD[1] in path for path in fetched)
+    train.main([*argv, str(tmp_path / "b")])
+    shutil.rmtree(tmp_path / "tokens")
+    train.main([*argv, str(tmp_path / "c")])
+    assert len([path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]) == 2
+
+    files = [str(i) for k in range(2) for i in range(k, 30, 2)]  # of Nepali, what datasets' shuffle(seed=42) draws
+    assert train.madlad("ne")["text"] == [files[i] for i in np.random.default_rng(42).permutation(30)]
+
+
+def test_tokenising_goes_on_where_it_was_killed(olmo2, tmp_path):
+    tokenizer, texts = AutoTokenizer.from_pretrained(olmo2), [f"{i} {TEXT[i % 5]}" for i in range(12_345)]
+
+    def run(texts, name):
+        path = tmp_path / name
+        return train.tokenise(texts, tokenizer, 0, False, np.dtype("uint16"), path, path.with_suffix(".done"))
+
+    def killed(after):
+        yield from texts[:after]
+        raise KeyboardInterrupt
+
+    counts = run(iter(texts), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(killed(11_500), "part")
+    assert json.loads((tmp_path / "part.done").read_text())["documents"] == 10_000
+    assert (tmp_path / "part").stat().st_size < (tmp_path / "whole").stat().st_size
+
+    def rest():
+        yield from ["this would give other tokens"] * 10_000  # these are done: skipped, not read again
+        yield from texts[10_000:]
+
+    assert run(rest(), "part") == counts
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    (tmp_path / "part").write_bytes(b"")  # shorter than promised: from the start
+    assert run(iter(texts), "part") == counts
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
+    shutil.copytree(olmo2, HUB / "models/someone/tiny")
+    argv = ["--data", str(chats), "--num-samples", "4", "--seq-len", "32", "--out"]
+    score.main(["--model", "someone/tiny", *argv, str(tmp_path / "hub.safetensors")])
+    score.main(["--model", str(olmo2), *argv, str(tmp_path / "folder.safetensors")])
+    for name, tensor in load_file(tmp_path / "hub.safetensors").items():
+        assert tensor.equal(load_file(tmp_path / "folder.safetensors")[name])
