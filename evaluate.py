@@ -3,9 +3,13 @@
     bpb   bits per byte of held-out text; of an English chat, the last answer is scored
     mcq   multiple choice: the option with the highest log-likelihood per byte
     mt    machine translation: mean chrF++ over sentences, with Table 7's prompts and Table 9's decoding
+    sum   summarisation (XL-Sum), zero-shot, likewise
+    mrc   reading comprehension (Belebele), 3-shot: the letter with the highest log-likelihood
+    mmlu  knowledge (MMLU, Global-MMLU), 5-shot with questions of the same subject, likewise
     chat  fixed English prompts: does the model stop by itself, repeat itself, still answer in English?
 
-`source` is English (in mt: X to English) and `target` the new language (in mt: English to X), as in the paper.
+`source` is English (in mt: X to English) and `target` the new language (in mt: English to X), as in the paper. The
+default is bpb, mcq, mt and chat.
 One GPU, the paper's decoding:
     python evaluate.py --model runs/ne/fft/model --lang ne --data-dir runs/data --out runs/ne/fft/eval.json
 Tiny, on a CPU, in a minute or two: the same with --num-samples 100 --greedy --max-new-tokens 32
@@ -18,6 +22,7 @@ repeated goes on from there, and ends with the very results of a run that was ne
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,14 +40,33 @@ from collections import Counter
 
 LANGUAGES = {"ne": ("Nepali", "npi_Deva"), "ky": ("Kyrgyz", "kir_Cyrl"), "am": ("Amharic", "amh_Ethi"),
              "ha": ("Hausa", "hau_Latn"), "ig": ("Igbo", "ibo_Latn")}  # name in prompts, column in FLORES
-# Table 7, MT, word for word: (X-En, En-X). X-En is asked with the English row, En-X with the target language's.
+# Table 7, word for word: X-En MT, En-X MT, SUM, MRC, and what MMLU puts before the words of MRC. X-En is asked with the
+# English row, all else with the language's own.
 TEMPLATES = {
-    "en": ("Translate {X} to English: {sentence} =", "Translate English to {X}: {sentence} ="),
-    "ne": ("नेपालीलाई अङ्ग्रेजीमा अनुवाद गर्नुहोस्: {sentence} =", "अङ्ग्रेजीलाई नेपालीमा अनुवाद गर्नुहोस्: {sentence} ="),
-    "ky": ("Кыргызчадан англисчеге которуу: {sentence} =", "Англисчеден кыргызчага которуу: {sentence} ="),
-    "am": ("እማርኛን ወደ እንግሊዝኛ ተርጉሞ: {sentence} =", "እንግሊዝኛን ወደ እማርኛ ተርጉሞ: {sentence} ="),
-    "ha": ("Fassara Hausa zuwa Turanci: {sentence} =", "Fassara Turanci zuwa Hausa: {sentence} ="),
-    "ig": ("Sùgharịa Igbo gaa na Bekee: {sentence} =", "Sùgharịa Bekee gaa n'Igbo: {sentence} ="),
+    "en": ("Translate {X} to English: {sentence} =", "Translate English to {X}: {sentence} =",
+           "Summarize the following text in English: {text} Summary:",
+           "{context} Question: {question} A. {a} B. {b} C. {c} D. {d} Answer:",
+           "The following are multiple choice questions (with answers) about {subject}."),
+    "ne": ("नेपालीलाई अङ्ग्रेजीमा अनुवाद गर्नुहोस्: {sentence} =", "अङ्ग्रेजीलाई नेपालीमा अनुवाद गर्नुहोस्: {sentence} =",
+           "तलको पाठलाई नेपालीमा संक्षेपमा लेख्नुहोस्: {text} सारांश:",
+           "{context} प्रश्न: {question} A. {a} B. {b} C. {c} D. {d} उत्तर:",
+           "तल {subject} सम्बन्धी बहु-विकल्प प्रश्नहरू (उत्तर सहित) दिइएका छन्।"),
+    "ky": ("Кыргызчадан англисчеге которуу: {sentence} =", "Англисчеден кыргызчага которуу: {sentence} =",
+           "Төмөнкү текстти кыргызча кыскача жазыңыз: {text} Кыскача:",
+           "{context} Суроо: {question} A. {a} B. {b} C. {c} D. {d} Жооп:",
+           "Бул {subject} боюнча бир нече тандоо суроолору (жооптор менен) төмөндө келтирилген."),
+    "am": ("እማርኛን ወደ እንግሊዝኛ ተርጉሞ: {sentence} =", "እንግሊዝኛን ወደ እማርኛ ተርጉሞ: {sentence} =",
+           "የታችኛው ጽሁፍን በእማርኛ አጭር በማድረግ አሳትረኝ:: {text} አጭር መግለጫ:",
+           "{context} ጥያቄ: {question} A. {a} B. {b} C. {c} D. {d} መልስ:",
+           "ከታች ስለ {subject} የቀረቡ ባለብዙ ሞርጫ ጥያቄዎች (ከመልሶች ጋር) ናቸው::"),
+    "ha": ("Fassara Hausa zuwa Turanci: {sentence} =", "Fassara Turanci zuwa Hausa: {sentence} =",
+           "Takaita rubutu mai zuwa cikin Hausa: {text} Takaitawa:",
+           "{context} Tambaya: {question} A. {a} B. {b} C. {c} D. {d} Amsa:",
+           "Wadannan tambayoyi masu zaɓi da yawa (tare da amsoshi) game da {subject} ne."),
+    "ig": ("Sùgharịa Igbo gaa na Bekee: {sentence} =", "Sùgharịa Bekee gaa n'Igbo: {sentence} =",
+           "Chịkọta edemede a n'Igbo: {text} Nchịkọta:",
+           "{context} Ajụjụ: {question} A. {a} B. {b} C. {c} D. {d} Azịza:",
+           "Nke a bụ ajuju onu nhorọ otutu (na azịza) gbasara {subject}."),
 }
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}  # Table 9
 CHAT_PROMPTS = (
@@ -58,10 +82,16 @@ TASKS = {  # what each one reads below --data-dir
     "bpb": ("en/heldout", "LANG/heldout", "en/prose", "en/news"),  # prose and news only where they exist
     "mcq": ("en/mmlu.test", "LANG/mmlu.test"),
     "mt": ("LANG/flores.dev", "LANG/flores.devtest"),
+    "sum": ("en/xlsum", "LANG/xlsum"),
+    "mrc": ("en/belebele", "LANG/belebele"),
+    "mmlu": ("en/mmlu.dev", "en/mmlu.test", "LANG/mmlu.dev", "LANG/mmlu.test"),
     "chat": ("en/heldout", "LANG/heldout"),  # to tell the languages apart
 }
-TEXTS = ("text", "question", "eng_Latn", *(code for _, code in LANGUAGES.values()))  # columns that must hold strings
+SHOTS = {"mrc": 3, "mmlu": 5}  # Section 4.5
+TEXTS = ("text", "summary", "question", "flores_passage", "eng_Latn",
+         *(code for _, code in LANGUAGES.values()))  # columns that must hold strings
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
+ANSWERS = ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
 NAMES = {  # in the order of the paper's Tables 2, 4, 3 and 6
     "source": "Source", "fft": "FFT", "adalora": "AdaLoRA", "hft": "HFT", "gmt": "GMT", "ssu-rand": "SSU-Rand",
     "ssu-mag": "SSU-Mag", "ssu-wanda": "SSU-Wanda", "ssu-sparsegpt": "SSU-SparseGPT", "ssu-fim": "SSU-FIM",
@@ -71,10 +101,13 @@ NAMES = {  # in the order of the paper's Tables 2, 4, 3 and 6
 COLUMNS = (  # of the report: side, heading (the arrow points to the better value), where in `results`, digits
     ("source", "chat bpb ↓", "bpb/source/heldout/bpb", 3), ("source", "prose bpb ↓", "bpb/source/prose/bpb", 3),
     ("source", "news bpb ↓", "bpb/source/news/bpb", 3), ("source", "MCQ accuracy ↑", "mcq/source/accuracy", 3),
-    ("source", "MT X→en chrF++ ↑", "mt/source/chrf", 2), ("source", "stop rate ↑", "chat/stop_rate", 2),
+    ("source", "MT X→en chrF++ ↑", "mt/source/chrf", 2), ("source", "SUM chrF++ ↑", "sum/source/chrf", 2),
+    ("source", "MRC accuracy ↑", "mrc/source/accuracy", 3), ("source", "MMLU accuracy ↑", "mmlu/source/accuracy", 3),
+    ("source", "stop rate ↑", "chat/stop_rate", 2),
     ("source", "repetition ↓", "chat/repetition", 2), ("source", "English share ↑", "chat/english_share", 2),
     ("target", "bpb ↓", "bpb/target/heldout/bpb", 3), ("target", "MCQ accuracy ↑", "mcq/target/accuracy", 3),
-    ("target", "MT en→X chrF++ ↑", "mt/target/chrf", 2),
+    ("target", "MT en→X chrF++ ↑", "mt/target/chrf", 2), ("target", "SUM chrF++ ↑", "sum/target/chrf", 2),
+    ("target", "MRC accuracy ↑", "mrc/target/accuracy", 3), ("target", "MMLU accuracy ↑", "mmlu/target/accuracy", 3),
 )
 
 
@@ -103,8 +136,9 @@ def read_rows(path, columns):
                     fail(f"{path}: line {number} has no `{column}`")
             if turns and [role for role, _ in turns[-2:]] != ["user", "assistant"]:
                 fail(f"{path}: line {number}: `messages` must end with a user's turn and the assistant's answer")
-            if "answer" in columns and row["answer"] not in ("A", "B", "C", "D"):
-                fail(f"{path}: line {number}: `answer` must be A, B, C or D, not {row['answer']!r}")
+            for column, allowed in (("answer", "ABCD"), ("correct_answer_num", "1234")):
+                if column in columns and str(row[column]) not in [*allowed]:
+                    fail(f"{path}: line {number}: `{column}` must be one of {', '.join(allowed)}, not {row[column]!r}")
             rows.append(row)
     return rows or fail(f"{path} is empty")
 
@@ -112,8 +146,10 @@ def read_rows(path, columns):
 def read_data(folder, lang, tasks):
     """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, sha256 of it all."""
     data, digest, flores = {}, hashlib.sha256(), ("id", "eng_Latn", LANGUAGES[lang][1])
-    columns = {"mmlu.test": ("sample_id", "subject", "question", *OPTIONS, "answer"),
-               "flores.dev": flores, "flores.devtest": flores}
+    mmlu = ("sample_id", "subject", "question", *OPTIONS, "answer")
+    columns = {"mmlu.dev": mmlu, "mmlu.test": mmlu, "flores.dev": flores, "flores.devtest": flores,
+               "xlsum": ("id", "text", "summary"),
+               "belebele": ("link", "question_number", "flores_passage", "question", *ANSWERS, "correct_answer_num")}
     for name in dict.fromkeys(name for task in tasks for name in TASKS[task]):
         path, base = os.path.join(folder, name.replace("LANG", lang) + ".jsonl"), name.split("/")[1]
         if base in ("prose", "news") and not os.path.exists(path):
@@ -168,6 +204,35 @@ def render(tokenizer, messages):
     """A chat as text, up to where an answer would begin, or to the end of the answer that is there."""
     asked = messages[-1]["role"] != "assistant"
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+
+
+def question(task, lang, row):
+    """A question in Table 7's words. Its {context} is the passage in mrc, and nothing in mmlu, where the examples are
+    earlier turns of the chat."""
+    said = TEMPLATES[lang][3].format(context=row["context"], question=row["question"],
+                                     **dict(zip("abcd", row["options"], strict=True)))
+    return f"{TEMPLATES[lang][4].format(subject=row['subject'])}{said}" if task == "mmlu" else said
+
+
+def with_shots(task, side, data, settings):
+    """Yields (examples, item) for each item of mrc or mmlu. Belebele has one split, and an item is never its own
+    example; MMLU's examples are the first of its subject in the dev split."""
+    if task == "mrc":
+        rows = [{"id": f"{row['link']} {row['question_number']}", "subject": None, "context": row["flores_passage"],
+                 "question": row["question"], "options": [str(row[answer]) for answer in ANSWERS],
+                 "answer": "ABCD"[int(row["correct_answer_num"]) - 1]} for row in data[f"{side}/belebele"]]
+        drawn = random.Random(settings["seed"]).sample(rows, min(SHOTS[task] + 1, len(rows)))
+        for row in rows[:settings["num_questions"]]:
+            yield [shot for shot in drawn if shot["id"] != row["id"]][:SHOTS[task]], row
+        return
+    dev, test = ([{"id": row["sample_id"], "subject": str(row["subject"]).replace("_", " "), "context": "",
+                   "question": row["question"], "options": [str(row[option]) for option in OPTIONS],
+                   "answer": row["answer"]} for row in data[f"{side}/mmlu.{split}"]] for split in ("dev", "test"))
+    shots = {subject: rows[:SHOTS[task]] for subject, rows in group(dev, lambda row: row["subject"]).items()}
+    for row in test[:settings["num_questions"]]:
+        if len(shots.get(row["subject"], ())) < SHOTS[task]:
+            fail(f"{side}/mmlu.dev.jsonl has fewer than {SHOTS[task]} questions about {row['subject']}")
+        yield shots[row["subject"]], row
 
 
 def plan(data, tokenizer, lang, settings):
@@ -230,9 +295,27 @@ def plan(data, tokenizer, lang, settings):
                 for run in range(settings["runs"]):
                     yield (record("mt", side, row["id"], row.get("domain"), prompt, row[goal]) | {"run": run},
                            encode(tokenizer, prompt), [])
-    for number, question in enumerate(CHAT_PROMPTS) if "chat" in tasks else ():
-        prompt = render(tokenizer, [{"role": "user", "content": question}])
-        yield record("chat", "source", number, None, prompt, None, question=question), encode(tokenizer, prompt), []
+    for side, language in (("source", "en"), ("target", lang)) if "sum" in tasks else ():
+        for row in sample(data[f"{side}/xlsum"]):
+            prompt = render(tokenizer, [{"role": "user", "content": TEMPLATES[language][2].format(text=row["text"])}])
+            for run in range(settings["runs"]):
+                yield (record("sum", side, row["id"], None, prompt, row["summary"]) | {"run": run},
+                       encode(tokenizer, prompt), [])
+    for task, side, language in ((task, side, language) for task in ("mrc", "mmlu") if task in tasks
+                                 for side, language in (("source", "en"), ("target", lang))):
+        for shots, row in with_shots(task, side, data, settings):
+            chat = [turn for shot in shots for turn in (
+                {"role": "user", "content": question(task, language, shot)},
+                {"role": "assistant", "content": shot["answer"]})]
+            shared = encode(tokenizer, render(tokenizer, chat)) if chat else []
+            prompt = render(tokenizer, [*chat, {"role": "user", "content": question(task, language, row)}])
+            ids = encode(tokenizer, prompt)
+            yield (record(task, side, row["id"], row["subject"], prompt, row["answer"],
+                          shared=len(os.path.commonprefix([shared, ids]))), ids,
+                   [encode(tokenizer, letter)[-1:] for letter in "ABCD"])
+    for number, asked in enumerate(CHAT_PROMPTS) if "chat" in tasks else ():
+        prompt = render(tokenizer, [{"role": "user", "content": asked}])
+        yield record("chat", "source", number, None, prompt, None, question=asked), encode(tokenizer, prompt), []
 
 
 def batches(sizes, budget):
@@ -245,6 +328,22 @@ def batches(sizes, budget):
         else:
             found.append([i])
     return found
+
+
+def divide(task, members, args):
+    """([batch of items, ...], tokens that each item costs) for all items of one task, side and run."""
+    sizes, budget = [len(prompt) + sum(map(len, parts)) for _, prompt, parts in members], args.batch_tokens
+    if task in SHOTS:  # packed behind the examples that they share, in one row
+        alike = group(zip(members, sizes, strict=True), lambda m: tuple(m[0][1][:m[0][0]["shared"]]))
+        found = [[some[i][0] for i in batch] for examples, some in alike.items()
+                 for batch in batches([size - len(examples) for _, size in some], budget // 2 - len(examples))]
+        return found, [len(prompt) - record["shared"] for record, prompt, _ in members]
+    if task in ("bpb", "mcq"):  # scoring has logits at all tokens, generating at one in each row: a smaller share
+        budget //= 8
+    else:  # the beginning that all share is computed once, so it does not count
+        shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
+        sizes = [size - shared + (CHAT_TOKENS if task == "chat" else args.max_new_tokens) for size in sizes]
+    return [[members[i] for i in batch] for batch in batches(sizes, budget)], sizes
 
 
 def loglik(model, rows):
@@ -286,6 +385,26 @@ def loglik(model, rows):
             picked = logits[len(result), by].float().log_softmax(-1).gather(1, token)[:, 0].double()  # [n]
             result.append([float(part.sum()) for part in picked.split([len(part) for part in parts])])
     return result
+
+
+def letter_loglik(model, prefix, questions, letters):
+    """Log-likelihood of each letter as the next token after each question: prefix ids, [ids, ...], ids of the letters
+    -> [[float] * 4, ...].
+
+    One row [prefix | question 1 | question 2 | ...]: a question sees the prefix and itself, at the positions it would
+    have alone. So the examples are computed once, and the head at the last token of each question only."""
+    import torch
+    ids = torch.tensor([prefix + sum(questions, [])], device=model.device)  # [1, length]
+    position = [*range(len(prefix)), *(len(prefix) + i for q in questions for i in range(len(q)))]
+    segment = torch.tensor([0] * len(prefix) + [k for k, q in enumerate(questions, 1) for _ in q], device=model.device)
+    seen = ((segment[:, None] == segment) | (segment == 0)).tril()[None, None]  # [1, 1, query, key]
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+    mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
+    last = torch.tensor([len(prefix) + n - 1 for n in itertools.accumulate(map(len, questions))], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([position], device=model.device),
+                       use_cache=False, logits_to_keep=last).logits[0]  # [questions, vocabulary]
+        return logits.float().log_softmax(-1)[:, letters].tolist()
 
 
 def generate(model, prompts, max_new_tokens, stop_ids, sampling):
@@ -336,12 +455,15 @@ def chat_scores(text, odds):
 
 
 def score(record, answer, tokenizer, end_ids, odds):
-    """The record with `prediction` and `scores`; answer: log-likelihoods (bpb, mcq) or new token ids (mt, chat)."""
+    """The record with `prediction` and `scores`; answer: log-likelihoods (bpb, mcq, mrc, mmlu) or new token ids."""
     if record["task"] == "bpb":
         return record | {"prediction": None, "scores": {"nats": -answer[0]}}
     if record["task"] == "mcq":
         per_byte = [nats / len(option.encode()) for nats, option in zip(answer, record["options"], strict=True)]
         best = "ABCD"[per_byte.index(max(per_byte))]
+        return record | {"prediction": best, "scores": {"correct": best == record["reference"], "loglik": answer}}
+    if record["task"] in SHOTS:
+        best = "ABCD"[answer.index(max(answer))]
         return record | {"prediction": best, "scores": {"correct": best == record["reference"], "loglik": answer}}
     text, stopped = tokenizer.decode(answer, skip_special_tokens=True), answer[-1] in end_ids
     if record["task"] == "chat":
@@ -406,7 +528,10 @@ def summarise(records):
             results.setdefault(task, {})[side] = accuracy(chosen) | {
                 "subjects": {name: accuracy(rs) for name, rs in group(within, lambda r: r["domain"]).items()},
                 **({"without_shared_stem": accuracy(apart)} if apart else {})}
-        elif task == "mt":
+        elif task in SHOTS:
+            results.setdefault(task, {})[side] = accuracy(chosen) | {
+                "subjects": {name: accuracy(rs) for name, rs in group(within, lambda r: r["domain"]).items()}}
+        elif task in ("mt", "sum"):
             results.setdefault(task, {})[side] = chrf_scores(chosen)
         else:
             results[task] = {
@@ -632,10 +757,12 @@ def arguments(argv):
     add("--out", help="eval.json to write; with --report the folder to write to (default: the first run folder)")
     add("--report", nargs="+", metavar="RUNS", help="only make report.md and report.png of these run folders")
     add("--methods", nargs="+", help="with --report: of these methods beside source (default: all that were evaluated)")
-    add("--tasks", type=tasks, default=list(TASKS), help="some of bpb,mcq,mt,chat (default: all)")
+    add("--tasks", type=tasks, default=["bpb", "mcq", "mt", "chat"],
+        help=f"some of {','.join(TASKS)} (default: bpb,mcq,mt,chat)")
     add("--num-samples", type=positive, default=500, help="most items of each set and direction (default: 500)")
-    add("--runs", type=positive, default=3, help="sampled mt runs, with seeds seed, seed + 1, ... (default: 3)")
-    add("--greedy", action="store_true", help="mt: one deterministic run, no sampling, no repetition penalty")
+    add("--num-questions", type=positive, help="mrc, mmlu: only so many of the test set's first (default: all)")
+    add("--runs", type=positive, default=3, help="sampled mt and sum runs, with seeds seed, seed + 1, ... (default: 3)")
+    add("--greedy", action="store_true", help="mt, sum: one deterministic run, no sampling, no repetition penalty")
     add("--few-shots", type=int, choices=range(21), metavar="N", default=3, help="mt examples (default: 3)")
     add("--max-new-tokens", type=positive, default=128, help="of an answer in mt (default: 128)")
     add("--batch-tokens", type=positive, default=8192, help="most tokens in a batch, padding included (default: 8192)")
@@ -717,10 +844,11 @@ def evaluate(args):
         fail("--device cuda: torch sees no CUDA device")
     device = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    settings = {"tasks": args.tasks, "num_samples": args.num_samples, "runs": 1 if args.greedy else args.runs,
-                "greedy": args.greedy, "few_shots": args.few_shots, "max_new_tokens": args.max_new_tokens,
-                "batch_tokens": args.batch_tokens, "max_length": args.max_length, "seed": args.seed, "dtype": dtype,
-                "device": device, "model_sha256": model_sha256, "data_sha256": data_sha256}
+    settings = {"tasks": args.tasks, "num_samples": args.num_samples, "num_questions": args.num_questions,
+                "runs": 1 if args.greedy else args.runs, "greedy": args.greedy, "few_shots": args.few_shots,
+                "max_new_tokens": args.max_new_tokens, "batch_tokens": args.batch_tokens, "max_length": args.max_length,
+                "seed": args.seed, "dtype": dtype, "device": device, "model_sha256": model_sha256,
+                "data_sha256": data_sha256}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "sacrebleu": sacrebleu.__version__}
     try:
@@ -743,13 +871,7 @@ def evaluate(args):
     done, todo = read_items(items_path, header), []
     print(f"{args.model} on {device} in {dtype}, batches of up to {args.batch_tokens} tokens")
     for (task, side, run), members in group(items, lambda item: key_of(item[0])[:3]).items():
-        sizes, budget = [len(prompt) + sum(map(len, parts)) for _, prompt, parts in members], args.batch_tokens
-        if task in ("mt", "chat"):  # the beginning that all share is computed once, so it does not count
-            shared = len(os.path.commonprefix([prompt for _, prompt, _ in members]))
-            sizes = [size - shared + (CHAT_TOKENS if task == "chat" else args.max_new_tokens) for size in sizes]
-        else:  # scoring has logits at all tokens, generating at one in each row: it gets a smaller share
-            budget //= 8
-        found = [[members[i] for i in batch] for batch in batches(sizes, budget)]
+        found, sizes = divide(task, members, args)
         left = [(args.seed + run, i, b) for i, b in enumerate(found) if any(key_of(item[0]) not in done for item in b)]
         todo += left
         print(f"{task} {side}, run {run}: {len(members)} items, {sum(sizes)} tokens, "
@@ -769,7 +891,11 @@ def evaluate(args):
             torch.manual_seed(seed * 1_000_003 + index)
             if task in ("bpb", "mcq"):
                 answers = loglik(model, list(zip(prompts, parts, strict=True)))
-            elif task == "mt":  # Table 9's newline ends a translation
+            elif task in SHOTS:
+                shared = planned[0]["shared"]
+                answers = letter_loglik(model, prompts[0][:shared], [prompt[shared:] for prompt in prompts],
+                                        [token for (token,) in parts[0]])
+            elif task in ("mt", "sum"):  # Table 9's newline ends an answer
                 answers = generate(model, list(prompts), args.max_new_tokens, end_ids + newline_ids, sampling)
             else:
                 answers = generate(model, list(prompts), CHAT_TOKENS, end_ids, {"do_sample": False})

@@ -138,6 +138,97 @@ def test_mt_prompts_are_table_7_with_few_shots_and_one_bos(whole):
     assert [r["reference"] for r in rows[:1]] == [f"The {WORDS[5]} is 5 years old."]
 
 
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory):
+    """XL-Sum, Belebele and MMLU in miniature, for English and the five languages."""
+    folder = tmp_path_factory.mktemp("papers")
+    for lang in ("en", *evaluate.LANGUAGES):
+        write_jsonl(folder / f"{lang}/xlsum.jsonl",
+                    [{"id": f"x{i}", "text": "TEXT", "summary": TEXT[i]} for i in range(3)])
+        write_jsonl(folder / f"{lang}/belebele.jsonl", [
+            {"link": "l", "question_number": i, "flores_passage": "PASSAGE", "question": "QUESTION",
+             "mc_answer1": "ONE", "mc_answer2": "TWO", "mc_answer3": "THREE", "mc_answer4": "FOUR",
+             "correct_answer_num": f"{i % 4 + 1}"} for i in range(9)])
+        for split, n in (("dev", 5), ("test", 4)):
+            write_jsonl(folder / f"{lang}/mmlu.{split}.jsonl", [
+                {"sample_id": f"{subject}/{split}/{i}", "subject": subject, "question": "QUESTION",
+                 "answer": "ABCD"[i % 4], **dict(zip(evaluate.OPTIONS, ("ONE", "TWO", "THREE", "FOUR"), strict=True))}
+                for subject in ("high_school_physics", "law") for i in range(n)])
+        pairs = [{"id": i, "eng_Latn": "SENTENCE"} | {code: "SENTENCE" for _, code in evaluate.LANGUAGES.values()}
+                 for i in range(4)]
+        write_jsonl(folder / f"{lang}/flores.dev.jsonl", pairs)
+        write_jsonl(folder / f"{lang}/flores.devtest.jsonl", pairs[:1])
+    return folder
+
+
+PAPER = ["mt", "sum", "mrc", "mmlu"]
+
+
+@pytest.mark.parametrize("lang", evaluate.LANGUAGES)
+def test_prompts_are_those_of_table_7(lang, papers, llama):
+    """prompts.json holds the prompts as the paper prints them, with SENTENCE, TEXT, ... filled in."""
+    golden = json.loads((ROOT / "tests/prompts.json").read_text())
+    data, _ = evaluate.read_data(papers, lang, PAPER)
+    settings = {"tasks": PAPER, "seed": 1, "num_samples": 9, "num_questions": None, "runs": 1, "few_shots": 3,
+                "max_length": 128}
+    seen = set()
+    for record, _, _ in evaluate.plan(data, AutoTokenizer.from_pretrained(llama), lang, settings):
+        first, *asked = record["prompt"].split("<|im_start|>user\n")
+        task, side = record["task"], record["side"]
+        want = golden[lang][f"mt {side}"] if task == "mt" else golden["en" if side == "source" else lang][task]
+        if record["domain"] == "law":
+            want = want.replace("high school physics", "law")
+        assert asked[-1] == want + "<|im_end|>\n<|im_start|>assistant\n"
+        assert {turn.split("<|im_end|>")[0] for turn in asked} == {want} and not first
+        assert len(asked) - 1 == {"mt": 3, "sum": 0, "mrc": 3, "mmlu": 5}[task]
+        seen.add((task, side))
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen2"])
+def test_packed_questions_equal_one_by_one(kind, request):
+    double = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float64).eval()
+    single = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32).eval()
+    draw, letters = torch.Generator().manual_seed(2), [40, 41, 42, 43]
+    prefix, *questions = (torch.randint(3, 300, (n,), generator=draw).tolist() for n in (37, 1, 9, 4, 20))
+    for some, before in ((questions, prefix), (questions[1:2], prefix), (questions, [])):
+        for question, found in zip(some, evaluate.letter_loglik(single, before, some, letters), strict=True):
+            want = [reference_loglik(double, before + question, [letter]) for letter in letters]
+            assert found == pytest.approx(want, abs=2e-4)
+
+
+def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
+    found = run(llama, papers, tmp_path / "eval.json", "--tasks", "sum,mrc,mmlu", "--batch-tokens", "3000",
+                "--num-questions", "7")
+    items = [json.loads(line) for line in (tmp_path / "eval.items.jsonl").read_text().splitlines()[1:]]
+    tokenizer, count = AutoTokenizer.from_pretrained(llama), {}
+    for r in items:
+        count[r["task"], r["side"]] = count.get((r["task"], r["side"]), 0) + 1
+        if r["task"] == "sum":
+            continue
+        prompt = evaluate.encode(tokenizer, r["prompt"])
+        want = [reference_loglik(model, prompt, evaluate.encode(tokenizer, letter)) for letter in "ABCD"]
+        assert r["scores"]["loglik"] == pytest.approx(want, abs=2e-4)
+        assert r["prediction"] == "ABCD"[want.index(max(want))] and 0 < r["shared"] < len(prompt)
+        assert r["scores"]["correct"] == (r["prediction"] == r["reference"])
+        answers = [turn[0] for turn in r["prompt"].split("<|im_start|>assistant\n")[1:-1]]
+        if r["task"] == "mmlu":
+            assert answers == [*"ABCDA"] and r["prompt"].count(r["domain"]) == 6
+    assert count == {(task, side): {"sum": 6, "mrc": 7, "mmlu": 7}[task] for task in ("sum", "mrc", "mmlu")
+                     for side in ("source", "target")}
+    for task in ("mrc", "mmlu"):
+        chosen = [r["scores"]["correct"] for r in items if (r["task"], r["side"]) == (task, "target")]
+        assert found["results"][task]["target"]["accuracy"] == pytest.approx(sum(chosen) / len(chosen))
+    assert found["results"]["mmlu"]["source"]["subjects"]["law"]["n"] == 3
+    assert found["results"]["sum"]["target"]["n"] == 3 and len(found["results"]["sum"]["target"]["runs"]) == 2
+
+
+def test_an_item_is_never_its_own_example(papers):
+    data, _ = evaluate.read_data(papers, "ne", ["mrc"])
+    for shots, row in evaluate.with_shots("mrc", "target", data, {"seed": 3, "num_questions": None}):
+        assert len({shot["id"] for shot in shots} - {row["id"]}) == 3
+
+
 def test_bits_per_byte_by_hand(whole, model, llama, data):
     tokenizer = AutoTokenizer.from_pretrained(llama)
 
