@@ -29,7 +29,7 @@ RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
 [[ $STEPS =~ ^[1-9][0-9]*$ && $SEED =~ ^[0-9]+$ && $NUM_SAMPLES =~ ^[1-9][0-9]*$ ]] ||
     fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
-[[ $TASKS =~ ^(bpb|mcq|mt|chat)(,(bpb|mcq|mt|chat))*$ ]] || fail "TASKS has $TASKS: choose from bpb,mcq,mt,chat"
+[[ ,$TASKS =~ ^(,(bpb|mcq|mt|sum|mrc|mmlu|chat))+$ ]] || fail "TASKS has $TASKS: some of bpb,mcq,mt,sum,mrc,mmlu,chat"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
 if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
     nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then best=bf16; fi
@@ -64,8 +64,13 @@ if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
 needed="$CALIBRATION $en/heldout.jsonl $target/train.jsonl $target/heldout.jsonl"
-if [[ $TASKS = *mcq* ]]; then needed+=" $en/mmlu.test.jsonl $target/mmlu.test.jsonl"; fi
-if [[ $TASKS = *mt* ]]; then needed+=" $target/flores.dev.jsonl $target/flores.devtest.jsonl"; fi
+for task in ${TASKS//,/ }; do case $task in
+    mcq) needed+=" $en/mmlu.test.jsonl $target/mmlu.test.jsonl" ;;
+    mt) needed+=" $target/flores.dev.jsonl $target/flores.devtest.jsonl" ;;
+    sum) needed+=" $en/xlsum.jsonl $target/xlsum.jsonl" ;;
+    mrc) needed+=" $en/belebele.jsonl $target/belebele.jsonl" ;;
+    mmlu) needed+=" $en/mmlu.dev.jsonl $en/mmlu.test.jsonl $target/mmlu.dev.jsonl $target/mmlu.test.jsonl" ;;
+esac; done
 for file in $needed; do
     [ -s "$file" ] || fail "$file is missing or empty: data/README.md says what belongs there"
 done

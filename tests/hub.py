@@ -2,7 +2,7 @@
 
 It serves HUB/datasets/OWNER/NAME/... and HUB/models/OWNER/NAME/..., HUB being a folder that goes with the process,
 through the parts of the hub's HTTP interface that huggingface_hub uses to list and fetch files. Every repository has
-one commit, the one asked for (`main` is COMMIT). A repository with a file named .gated wants the token "let-me-in".
+one commit, the one asked for; branches are at COMMIT. One with a file named .gated wants the token "let-me-in".
 """
 import atexit
 import json
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         return {**kind, "path": path.relative_to(folder).as_posix(), "oid": path.name}
 
     def do_GET(self):
-        url = urlsplit(unquote(self.path))
+        url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         REQUESTS.append((self.command, url.path, self.headers.get("Range")))
         api, resolve = API.fullmatch(url.path), RESOLVE.fullmatch(url.path)
@@ -61,12 +61,12 @@ class Handler(BaseHTTPRequestHandler):
         if (folder / ".gated").exists() and self.headers.get("Authorization") != "Bearer let-me-in":
             return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         revision = (api[4] if api else resolve[3]) or "main"
-        commit = COMMIT if revision == "main" else revision
+        commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else COMMIT
         files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
         if resolve:
-            return self.send_file(folder / resolve[4], commit)
+            return self.send_file(folder / unquote(resolve[4]), commit)
         if api[3] == "tree":
-            below = folder / (api[5] or "")
+            below = folder / unquote(api[5] or "")
             if not below.exists():
                 return self.refuse(404, "EntryNotFound")
             found = below.rglob("*") if "true" in parse_qs(url.query.lower()).get("recursive", []) else below.iterdir()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +14,10 @@ from huggingface_hub import HfFileSystem
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import evaluate
 import score
 import train
+from data import prepare_paper
 
 TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
 
@@ -181,3 +184,92 @@ def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
     score.main(["--model", str(olmo2), *argv, str(tmp_path / "folder.safetensors")])
     for name, tensor in load_file(tmp_path / "hub.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "folder.safetensors")[name])
+
+
+def configs(folder, found):
+    """A data set's README with its configurations, as the hub has it: {config: {split: path}}."""
+    lines = ["---", "configs:"]
+    for name, splits in found.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split, path in splits.items():
+            lines += [f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def put_rows(folder, path, rows):
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / path)
+
+
+@pytest.fixture
+def paper_sets(served, olmo2):
+    """The paper's evaluation sets in miniature, each in the layout that it has on the hub."""
+    codes = {"en": ("eng_Latn", "english"), "ig": ("ibo_Latn", "igbo")}
+    plus, copy = served / "openlanguagedata/flores_plus", served / "mteb/FloresBitextMining"
+    for code, _ in codes.values():
+        for split in ("dev", "devtest"):
+            put_rows(plus, f"{split}/{code}.parquet", [{"id": i, "text": f"{code} {split} {i}"} for i in range(600)])
+    configs(plus, {code: {split: f"{split}/{code}.parquet" for split in ("dev", "devtest")}
+                   for code, _ in codes.values()})
+    (plus / ".gated").touch()
+    put_rows(copy, "data/devtest.parquet", [{code: f"{code} {i}" for code, _ in codes.values()} for i in range(600)])
+    configs(copy, {"default": {"devtest": "data/devtest.parquet"}})
+    for lang, (code, name) in codes.items():
+        for split, n in (("test", 5), ("validation", 3)):
+            put_rows(served / "csebuetnlp/xlsum", f"{name}/{split}/0000.parquet", [
+                {"id": f"{split}{i}", "url": "u", "title": "t", "summary": TEXT[i],
+                 "text": "word " * (10 - 2 * i - (split == "test"))} for i in range(n)])
+        put_rows(served / "facebook/belebele", f"data/{code}.parquet", [
+            {"link": "l", "question_number": i, "flores_passage": "p", "question": "q", "mc_answer1": "1",
+             "mc_answer2": "2", "mc_answer3": "3", "mc_answer4": "4", "correct_answer_num": "2", "dialect": code}
+            for i in range(6)])
+        for split, n in (("dev", 5), ("test", 4)):
+            question = {"subject": "law", "question": "q"}
+            if lang == "en":
+                put_rows(served / "cais/mmlu", f"all/{split}.parquet", [
+                    question | {"choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(n)])
+            else:
+                put_rows(served / "CohereLabs/Global-MMLU", f"{lang}/{split}.parquet", [
+                    question | {"sample_id": f"{i}", "option_a": "a", "option_b": "b", "option_c": "c",
+                                "option_d": "" if split == "test" and i == 1 else "d", "answer": "D"}
+                    for i in range(n)])
+    configs(served / "facebook/belebele", {code: {"test": f"data/{code}.parquet"} for code, _ in codes.values()})
+    configs(served / "cais/mmlu", {"all": {split: f"all/{split}.parquet" for split in ("dev", "test")}})
+    configs(served / "CohereLabs/Global-MMLU", {"ig": {split: f"ig/{split}.parquet" for split in ("dev", "test")}})
+    shutil.copytree(olmo2, HUB / "models/someone/tiny")
+
+
+def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monkeypatch, capsys):
+    argv = ["ig", "--tokenizer", "someone/tiny", "--out", str(tmp_path)]
+    prepare_paper.main(argv)
+    data, _ = evaluate.read_data(tmp_path, "ig", ["mt", "sum", "mrc", "mmlu"])
+    assert {name: len(rows) for name, rows in data.items()} == {
+        "target/flores.dev": 100, "target/flores.devtest": 500, "source/xlsum": 8, "target/xlsum": 8,
+        "source/belebele": 6, "target/belebele": 6, "source/mmlu.dev": 5, "source/mmlu.test": 4,
+        "target/mmlu.dev": 5, "target/mmlu.test": 3}
+    drawn = [row["id"] for row in data["target/flores.devtest"]]
+    assert drawn == pandas.DataFrame({"id": range(600)}).sample(n=500, random_state=42)["id"].tolist()
+    assert not set(drawn) & {row["id"] for row in data["target/flores.dev"]}
+    assert all(row["eng_Latn"] == f"eng_Latn {row['id']}" for row in data["target/flores.devtest"])
+    assert [len(row["text"].split()) for row in data["source/xlsum"]] == [1, 3, 5, 6, 7, 8, 9, 10]
+    assert [row["answer"] for row in data["source/mmlu.test"]] == [*"ABCD"]
+    listed = json.loads((tmp_path / "provenance.json").read_text())
+    assert listed["ig/flores.dev.jsonl"]["from"] == "mteb/FloresBitextMining@" + prepare_paper.FLORES["ungated"][1]
+    assert listed["ig/xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    REQUESTS.clear()
+    prepare_paper.main(argv)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    assert not [path for command, path, _ in REQUESTS if command == "GET" and path.endswith(".parquet")]
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        prepare_paper.main([*argv, "--flores", "gated"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "flores_plus" in line and "HF_TOKEN" in line
+    monkeypatch.setenv("HF_TOKEN", "let-me-in")
+    prepare_paper.main([*argv, "--flores", "gated"])
+    data, _ = evaluate.read_data(tmp_path, "ig", ["mt"])
+    assert data["target/flores.dev"][7] == {"id": 7, "eng_Latn": "eng_Latn dev 7", "ibo_Latn": "ibo_Latn dev 7"}
+    assert [row["id"] for row in data["target/flores.devtest"]] == drawn
