@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Source-Shielded Updates, end to end: source model, masks, continued pre-training, evaluation, report.
 #
-#   bash run_all.sh ne                                  Nepali (or ky am ha ig), the embedded profile
+#   bash run_all.sh ne                                  Nepali (or ky am ha ig)
+#   PROFILE=paper bash run_all.sh ne                    OLMo-2-7B and 200M tokens, as published: one large GPU, the hub
 #   METHODS="ssu-wanda hft gmt fft" bash run_all.sh ne  any methods of the paper; README.md has the list
 #   RATIOS="0.25 0.5 0.75" bash run_all.sh ne           several freezing ratios, as in Figure 2
 #   TASKS=bpb bash run_all.sh ne                        bits per byte alone, a third of the evaluation's time
@@ -14,10 +15,26 @@ fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
 case "${1:-}" in ne|ky|am|ha|ig) lang=$1 ;; *)
     echo "usage: bash run_all.sh LANG, one of: ne (Nepali), ky (Kyrgyz), am (Amharic), ha (Hausa), ig (Igbo)" >&2; exit 2 ;;
 esac
-METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} STEPS=${STEPS:-32} SEED=${SEED:-42} RUNS=${RUNS:-runs}
-DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model}
-TASKS=${TASKS:-bpb,mcq,mt,chat}
-CALIBRATION=${CALIBRATION:-$DATA_DIR/en/calibration.jsonl} NUM_SAMPLES=${NUM_SAMPLES:-32}
+gpu=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1) || true  # MiB
+if [ -n "${PROFILE:-}" ]; then why="as asked"
+elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then PROFILE=embedded why="MODEL or DATA_DIR is given"
+elif [ "${gpu:-0}" -lt 130000 ]; then PROFILE=embedded why="no GPU with the 130 GB that a 7B model takes here"
+elif ! "${PYTHON:-python3}" -c 'import os, urllib.request as u
+u.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=9)' 2>/dev/null
+then PROFILE=embedded why="the hub does not answer"
+else PROFILE=paper why="a GPU with $gpu MiB, and the hub answers"; fi
+case $PROFILE in
+    embedded) DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model} RUNS=${RUNS:-runs}
+        CALIBRATION=${CALIBRATION:-$DATA_DIR/en/calibration.jsonl} NUM_SAMPLES=${NUM_SAMPLES:-32} calibration_len=512
+        TASKS=${TASKS:-bpb,mcq,mt,chat} STEPS=${STEPS:-32} batch_size=8 save_every=16
+        what="SmolLM2-135M-Instruct and text from PyPI packages, 5 to 8 minutes a method on two cores" ;;
+    paper) DATA_DIR=${DATA_DIR:-data/paper} MODEL=${MODEL:-allenai/OLMo-2-1124-7B-Instruct} RUNS=${RUNS:-runs/paper}
+        CALIBRATION=${CALIBRATION:-tulu} NUM_SAMPLES=${NUM_SAMPLES:-500} calibration_len=2048
+        TASKS=${TASKS:-mt,sum,mrc,mmlu} STEPS=${STEPS:-12208} batch_size=32 save_every=500
+        what="$MODEL, $((STEPS * 16384)) tokens of MADLAD-400, FLORES+, XL-Sum, Belebele and MMLU from the hub" ;;
+    *) fail "PROFILE=$PROFILE: embedded or paper" ;;
+esac
+METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} SEED=${SEED:-42} FLORES=${FLORES:-ungated}
 known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
 lota lota-90 lota-50 s2ft-down s2ft-down-output"
 for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
@@ -36,8 +53,7 @@ if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
 PRECISION=${PRECISION:-$best}
 case $PRECISION in bf16) dtype=bfloat16 ;; fp32) dtype=float32 ;; *) fail "PRECISION=$PRECISION: bf16 or fp32" ;; esac
 en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
-echo "embedded profile: SmolLM2-135M-Instruct and text from PyPI packages, no GPU needed; 5 to 8 minutes a method on" \
-    "two cores; $PRECISION ($best is the faster one on this machine)"
+echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
 if [[ " $METHODS " = *" adalora "* ]] &&
@@ -63,7 +79,22 @@ stage() {
 if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
-needed="$CALIBRATION $en/heldout.jsonl $target/train.jsonl $target/heldout.jsonl"
+if [ $PROFILE = paper ]; then
+    stage "$target/mmlu.test.jsonl" data/prepare_paper.py python data/prepare_paper.py "$lang" --out "$DATA_DIR" \
+        --flores "$FLORES" --tokenizer "$MODEL" --check allenai/tulu-3-sft-olmo-2-mixture allenai/MADLAD-400
+    needed= texts=
+    train="python train.py --model $MODEL --data madlad:$lang --gradient-checkpointing --precision $PRECISION \
+--seed $SEED"
+    evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --dtype $dtype --tasks $TASKS"
+else
+    texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
+    needed="$CALIBRATION $texts"
+    train="python train.py --model $MODEL --data $target/train.jsonl --batch-size $batch_size --micro-batch-size 8 \
+--seq-len 128 --lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
+--source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
+    evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 \
+--batch-tokens 16384 --dtype $dtype --tasks $TASKS"
+fi
 for task in ${TASKS//,/ }; do case $task in
     mcq) needed+=" $en/mmlu.test.jsonl $target/mmlu.test.jsonl" ;;
     mt) needed+=" $target/flores.dev.jsonl $target/flores.devtest.jsonl" ;;
@@ -76,33 +107,27 @@ for file in $needed; do
 done
 [[ -d $MODEL || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] || fail "MODEL=$MODEL: no such folder"
 if [ -d "$MODEL" ]; then model_sha256=$(cat "$MODEL"/*.{safetensors,json,jinja} 2>/dev/null | sha256sum); fi
-train="python train.py --model $MODEL --data $target/train.jsonl --batch-size 8 --micro-batch-size 8 --seq-len 128 \
---lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
---source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
-evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 \
---batch-tokens 16384 --dtype $dtype --tasks $TASKS"
-texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
 
 stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$MODEL" --out "$run/source/eval.json"
 
 # score METHOD AXIS: makes $scores
 score() {
-    local text="--data $CALIBRATION --num-samples $NUM_SAMPLES --seq-len 512"
-    case $1 in random|magnitude) text= ;; esac
+    local text="--data $CALIBRATION --num-samples $NUM_SAMPLES --seq-len $calibration_len" inputs=
+    case $1 in random|magnitude) text= ;; *) [ ! -f "$CALIBRATION" ] || inputs=$CALIBRATION ;; esac
     scores=$run/scores-$1.safetensors
     [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
-    stage "$scores" "${text:+$CALIBRATION}" python score.py --model "$MODEL" --out "$scores" \
+    stage "$scores" "$inputs" python score.py --model "$MODEL" --out "$scores" \
         --method "$1" --axis "$2" --seed "$SEED" $text
 }
 
 # adapt METHOD RATIO: makes $run/METHOD, or $run/METHOD@RATIO for another ratio than 0.5. A static method is a mask file.
 adapt() {
-    local method=$1 ratio=$2 name=$1 scores= freeze=highest mask= more="--save-every 16"
+    local method=$1 ratio=$2 name=$1 scores= freeze=highest mask= more="--save-every $save_every"
     [ "$ratio" = 0.5 ] || name=$method@$ratio
     local out=$run/$name
     case $method in
         fft) ;;
-        gmt) more+=" --gmt-ratio $ratio --micro-batch-size 2" ;;  # Table 8: the gradient of 4 micro-batches
+        gmt) more+=" --gmt-ratio $ratio --micro-batch-size $((batch_size / 4))" ;;  # Table 8: 4 of them
         adalora) more=--adalora ;;
         hft) mask="--method hft --model $MODEL --ratio $ratio --seed $SEED" ;;
         s2ft-*) mask="--method $method --model $MODEL --seed $SEED" ;;
@@ -112,7 +137,7 @@ adapt() {
         ssu-wanda-element) score wanda element ;;
         ssu-*) score "${method#ssu-}" column ;;
         lota*) local calibrated=$run/lota-calibration/model  # 100 steps of full fine-tuning (Table 8) choose the weights
-            stage "$calibrated" "$texts" $train --out "$run/lota-calibration" --steps 100 --save-every 16
+            stage "$calibrated" "$texts" $train --out "$run/lota-calibration" --steps 100 --save-every $save_every
             scores=$run/scores-delta-element.safetensors freeze=lowest
             case $method in lota-*) ratio=0.${method#lota-} ;; esac
             stage "$scores" "$calibrated.made-by" python score.py --model "$MODEL" --out "$scores" \

@@ -100,6 +100,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "paper")
     parser.add_argument("--flores", choices=FLORES, default="ungated", help="which FLORES+ (default: ungated)")
     parser.add_argument("--tokenizer", default="allenai/OLMo-2-1124-7B-Instruct", help="counts XL-Sum's tokens")
+    parser.add_argument("--check", nargs="+", default=[], help="data sets that a run will need later: can they be had?")
     args = parser.parse_args(argv)
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -109,7 +110,7 @@ def main(argv=None):
     xlsum = "csebuetnlp/xlsum"
     repos = {repo: commit_of(repo, revision) for repo, revision in (
         FLORES[args.flores], (xlsum, "refs/convert/parquet"), ("facebook/belebele", None), ("cais/mmlu", None),
-        ("CohereLabs/Global-MMLU", None))}
+        ("CohereLabs/Global-MMLU", None), *((repo, None) for repo in args.check))}
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:

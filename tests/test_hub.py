@@ -12,6 +12,7 @@ from conftest import TEXT
 from hub import COMMIT, HUB, REQUESTS
 from huggingface_hub import HfFileSystem
 from safetensors.torch import load_file
+from test_run_all import run_all
 from transformers import AutoTokenizer
 
 import evaluate
@@ -237,6 +238,7 @@ def paper_sets(served, olmo2):
     configs(served / "cais/mmlu", {"all": {split: f"all/{split}.parquet" for split in ("dev", "test")}})
     configs(served / "CohereLabs/Global-MMLU", {"ig": {split: f"ig/{split}.parquet" for split in ("dev", "test")}})
     shutil.copytree(olmo2, HUB / "models/someone/tiny")
+    return served
 
 
 def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monkeypatch, capsys):
@@ -273,3 +275,36 @@ def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monke
     data, _ = evaluate.read_data(tmp_path, "ig", ["mt"])
     assert data["target/flores.dev"][7] == {"id": 7, "eng_Latn": "eng_Latn dev 7", "ibo_Latn": "ibo_Latn dev 7"}
     assert [row["id"] for row in data["target/flores.devtest"]] == drawn
+
+
+@pytest.mark.slow
+def test_paper_profile_end_to_end(paper_sets, tmp_path):
+    """run_all.sh with the paper's data, prompts and decoding, on a tiny OLMo-2 with OLMo-2's chat format."""
+    tokenizer = AutoTokenizer.from_pretrained(HUB / "models/someone/tiny")
+    tokenizer.chat_template = (
+        "<|endoftext|>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}{% if not loop.last %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}\n<|assistant|>\n{% endif %}")
+    tokenizer.save_pretrained(HUB / "models/someone/tiny")
+    for code in ("eng_Latn", "ibo_Latn"):
+        for split in ("dev", "devtest"):
+            put_rows(paper_sets / "openlanguagedata/flores_plus", f"{split}/{code}.parquet",
+                     [{"id": i, "text": f"{code} {split} {i}"} for i in range(12)])
+    put_tulu(paper_sets)
+    put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(300)])
+    settings = dict(PROFILE="paper", MODEL="someone/tiny", DATA_DIR=str(tmp_path / "data"), RUNS=str(tmp_path / "runs"),
+                    STEPS="2", NUM_SAMPLES="4", METHODS="ssu-wanda", PRECISION="fp32", FLORES="gated",
+                    HF_TOKEN="let-me-in")
+    done = run_all("ig", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("paper profile (as asked): someone/tiny, 32768 tokens of MADLAD-400")
+    run = tmp_path / "runs/ig"
+    found = json.loads((run / "ssu-wanda/eval.json").read_text())
+    assert {(task, side) for task, sides in found["results"].items() for side in sides} == {
+        (task, side) for task in ("mt", "sum", "mrc", "mmlu") for side in ("source", "target")}
+    assert found["results"]["mt"]["source"]["n"] == 12 and len(found["results"]["sum"]["target"]["runs"]) == 3
+    log = [json.loads(line) for line in (run / "ssu-wanda/train.jsonl").read_text().splitlines()]
+    settings = log[0]["settings"]
+    assert (settings["batch_size"], settings["seq_len"], settings["lr"], settings["steps"]) == (32, 512, 5e-5, 2)
+    assert len((run / "calibration-tulu-42.jsonl").read_text().splitlines()) > 50
+    assert log[-1]["summary"]["frozen_verified"] > 0 and "| SSU-Wanda |" in (run / "report.md").read_text()

@@ -24,9 +24,9 @@ def test_usage_names_the_five_languages(argv):
 
 
 @pytest.mark.parametrize("setting,value", [
-    ("METHODS", "fft ssu-best"), ("STEPS", "many"), ("SEED", "-1"), ("RATIOS", "0.5 2"), ("PRECISION", "int8"),
-    ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("TASKS", "bpb,mtt"), ("MODEL", "./nowhere"),
-    ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
+    ("METHODS", "fft ssu-best"), ("PROFILE", "large"), ("STEPS", "many"), ("SEED", "-1"), ("RATIOS", "0.5 2"),
+    ("PRECISION", "int8"), ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("TASKS", "bpb,mtt"),
+    ("MODEL", "./nowhere"), ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
 def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, folder, tmp_path):
     settings = dict(RUNS=str(tmp_path), MODEL=str(folder / "model"), DATA_DIR=str(folder / "data")) | {setting: value}
     kept = tmp_path / "ne/source/eval.json"
