@@ -6,6 +6,7 @@
 #   METHODS="ssu-wanda hft gmt fft" bash run_all.sh ne  any methods of the paper; README.md has the list
 #   RATIOS="0.25 0.5 0.75" bash run_all.sh ne           several freezing ratios, as in Figure 2
 #   TASKS=bpb bash run_all.sh ne                        bits per byte alone, a third of the evaluation's time
+#   PROFILE=paper bash run_all.sh ne --dry-run          what that would download, need and take; does it fit here?
 #   MODEL=folder-or-hub-name DATA_DIR=folder STEPS=200 SEED=43 RUNS=runs/mine bash run_all.sh ne
 #
 # What is done already with the same settings is skipped; what was interrupted goes on; what changed is made anew.
@@ -47,6 +48,8 @@ RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
     fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
 [[ ,$TASKS =~ ^(,(bpb|mcq|mt|sum|mrc|mmlu|chat))+$ ]] || fail "TASKS has $TASKS: some of bpb,mcq,mt,sum,mrc,mmlu,chat"
+dry_run=${2:-}
+[ -z "$dry_run" ] || [ "$dry_run" = --dry-run ] || fail "$dry_run: the only option is --dry-run"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
 if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
     nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then best=bf16; fi
@@ -56,6 +59,13 @@ en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
 echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
+if [ -n "$dry_run" ] && [ $PROFILE = paper ]; then
+    python data/plan_paper.py "$lang" --model "$MODEL" --methods $METHODS --steps "$STEPS" --flores "$FLORES" --runs "$RUNS"
+    exit
+elif [ -n "$dry_run" ]; then
+    echo "nothing to download but packages; 5.6 GB of memory, 0.6 GB of disk a method; $METHODS; $TASKS"
+    exit
+fi
 if [[ " $METHODS " = *" adalora "* ]] &&
         ! python -c "import peft; assert peft.__version__ == '0.21.2'" 2>/dev/null; then
     echo "setup: installing peft, for adalora"

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import evaluate
 import score
 import train
-from data import prepare_paper
+from data import plan_paper, prepare_paper
 
 TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
 
@@ -275,6 +275,26 @@ def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monke
     data, _ = evaluate.read_data(tmp_path, "ig", ["mt"])
     assert data["target/flores.dev"][7] == {"id": 7, "eng_Latn": "eng_Latn dev 7", "ibo_Latn": "ibo_Latn dev 7"}
     assert [row["id"] for row in data["target/flores.devtest"]] == drawn
+
+
+def test_plan_says_what_does_not_fit(paper_sets, tmp_path, capsys):
+    put_tulu(paper_sets)
+    put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
+    argv = ["ig", "--model", "someone/tiny", "--steps", "10", "--runs", str(tmp_path)]
+    assert plan_paper.main(argv) == 2
+    out = capsys.readouterr().out
+    count = sum(tensor.numel() for tensor in load_file(HUB / "models/someone/tiny/model.safetensors").values())
+    assert f"{count:,} parameters, each 163,840 tokens" in out and out.count("does not fit") == 1
+    assert "does not fit: training takes 8.0 GB, and there is no CUDA device" in out and "not to be had" not in out
+    sizes = sum(f.stat().st_size for f in (paper_sets / MADLAD / "data/ig").glob("*_clean_*"))
+    assert f"{MADLAD:<36} {sizes / 1e9:8.3f} GB" in out
+    assert not [path for _, path, _ in REQUESTS if "/resolve/" in path and not path.endswith(".json")]
+    assert plan_paper.main([*argv[1:], "yo", "--flores", "gated"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if "the hub does not give" in line] == [
+        MADLAD, "CohereLabs/Global-MMLU", "openlanguagedata/flores_plus"]
+    assert plan_paper.main(["ig", "--model", "someone/nothing"]) == 2
+    assert "does not fit: someone/nothing" in capsys.readouterr().out
 
 
 @pytest.mark.slow
