@@ -10,9 +10,12 @@
 
 `source` is English (in mt: X to English) and `target` the new language (in mt: English to X), as in the paper. The
 default is bpb, mcq, mt and chat.
-One GPU, the paper's decoding:
-    python evaluate.py --model runs/ne/fft/model --lang ne --data-dir runs/data --out runs/ne/fft/eval.json
-Tiny, on a CPU, in a minute or two: the same with --num-samples 100 --greedy --max-new-tokens 32
+The paper's tasks and decoding, on one GPU:
+    python evaluate.py --model runs/paper/ne/fft/model --lang ne --data-dir data/paper --tasks mt,sum,mrc,mmlu \
+        --out runs/paper/ne/fft/eval.json
+Tiny, on a CPU, in a minute or two:
+    python evaluate.py --model runs/ne/fft/model --lang ne --data-dir data/embedded --out runs/ne/fft/eval.json \
+        --num-samples 100 --greedy --max-new-tokens 32
 Then table and picture; with several run folders (one for each seed), mean and standard deviation:
     python evaluate.py --report runs/ne
 

@@ -213,6 +213,7 @@ def madlad(lang):
 
     Of Nepali 250,000 are drawn, as the authors do; of the others all are read."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
     repo, revision = MADLAD
@@ -224,7 +225,10 @@ def madlad(lang):
     files = sorted(map(str, Path(folder, "data", lang).glob("*.jsonl.gz")))
     if not files:
         fail(f"--data madlad:{lang}: {repo} has no such language; see its card for the codes")
-    rows = load_dataset("json", data_files=files, split="train")
+    try:
+        rows = load_dataset("json", data_files=files, split="train")
+    except DatasetsError as error:
+        fail(f"--data madlad:{lang}: {files[0]} or another file is damaged ({error.__cause__ or error}); delete it")
     return rows.shuffle(seed=42).select(range(min(len(rows), 250_000))) if lang == "ne" else rows
 
 
