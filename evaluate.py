@@ -233,13 +233,15 @@ def with_shots(task, side, data, settings):
                    "answer": row["answer"]} for row in data[f"{side}/mmlu.{split}"]] for split in ("dev", "test"))
     shots = {subject: rows[:SHOTS[task]] for subject, rows in group(dev, lambda row: row["subject"]).items()}
     for row in test[:settings["num_questions"]]:
-        if len(shots.get(row["subject"], ())) < SHOTS[task]:
-            fail(f"{side}/mmlu.dev.jsonl has fewer than {SHOTS[task]} questions about {row['subject']}")
+        if row["subject"] not in shots:
+            fail(f"{side}/mmlu.dev.jsonl has no question about {row['subject']}")
         yield shots[row["subject"]], row
 
 
-def plan(data, tokenizer, lang, settings):
-    """Everything to ask, in a fixed order: (record to be saved, prompt ids, [continuation ids, ...] to score)."""
+def plan(data, tokenizer, lang, settings, context=math.inf):
+    """Everything to ask, in a fixed order: (record to be saved, prompt ids, [continuation ids, ...] to score).
+
+    context: the tokens that the model takes; where the examples of mrc and mmlu do not fit, the first are left out."""
     def sample(rows):
         order = random.Random(settings["seed"]).sample(range(len(rows)), min(settings["num_samples"], len(rows)))
         return [rows[i] for i in sorted(order)]
@@ -306,14 +308,22 @@ def plan(data, tokenizer, lang, settings):
                        encode(tokenizer, prompt), [])
     for task, side, language in ((task, side, language) for task in ("mrc", "mmlu") if task in tasks
                                  for side, language in (("source", "en"), ("target", lang))):
+        known = {}  # examples -> (their turns, ids)
         for shots, row in with_shots(task, side, data, settings):
-            chat = [turn for shot in shots for turn in (
-                {"role": "user", "content": question(task, language, shot)},
-                {"role": "assistant", "content": shot["answer"]})]
-            shared = encode(tokenizer, render(tokenizer, chat)) if chat else []
-            prompt = render(tokenizer, [*chat, {"role": "user", "content": question(task, language, row)}])
-            ids = encode(tokenizer, prompt)
-            yield (record(task, side, row["id"], row["subject"], prompt, row["answer"],
+            while True:  # with fewer examples where the model's context is too short for all
+                names = tuple(shot["id"] for shot in shots)
+                if names not in known:
+                    turns = [turn for shot in shots for turn in (
+                        {"role": "user", "content": question(task, language, shot)},
+                        {"role": "assistant", "content": shot["answer"]})]
+                    known[names] = turns, encode(tokenizer, render(tokenizer, turns)) if turns else []
+                turns, shared = known[names]
+                prompt = render(tokenizer, [*turns, {"role": "user", "content": question(task, language, row)}])
+                ids = encode(tokenizer, prompt)
+                if len(ids) < context or not shots:
+                    break
+                shots = shots[1:]
+            yield (record(task, side, row["id"], row["subject"], prompt, row["answer"], shots=len(shots),
                           shared=len(os.path.commonprefix([shared, ids]))), ids,
                    [encode(tokenizer, letter)[-1:] for letter in "ABCD"])
     for number, asked in enumerate(CHAT_PROMPTS) if "chat" in tasks else ():
@@ -395,7 +405,7 @@ def letter_loglik(model, prefix, questions, letters):
     -> [[float] * 4, ...].
 
     One row [prefix | question 1 | question 2 | ...]: a question sees the prefix and itself, at the positions it would
-    have alone. So the examples are computed once, and the head at the last token of each question only."""
+    have alone. So the examples are computed once for the row, and the head at the last token of each question only."""
     import torch
     ids = torch.tensor([prefix + sum(questions, [])], device=model.device)  # [1, length]
     position = [*range(len(prefix)), *(len(prefix) + i for q in questions for i in range(len(q)))]
@@ -533,6 +543,7 @@ def summarise(records):
                 **({"without_shared_stem": accuracy(apart)} if apart else {})}
         elif task in SHOTS:
             results.setdefault(task, {})[side] = accuracy(chosen) | {
+                "shots": statistics.fmean(r["shots"] for r in chosen),
                 "subjects": {name: accuracy(rs) for name, rs in group(within, lambda r: r["domain"]).items()}}
         elif task in ("mt", "sum"):
             results.setdefault(task, {})[side] = chrf_scores(chosen)
@@ -767,7 +778,7 @@ def arguments(argv):
     add("--runs", type=positive, default=3, help="sampled mt and sum runs, with seeds seed, seed + 1, ... (default: 3)")
     add("--greedy", action="store_true", help="mt, sum: one deterministic run, no sampling, no repetition penalty")
     add("--few-shots", type=int, choices=range(21), metavar="N", default=3, help="mt examples (default: 3)")
-    add("--max-new-tokens", type=positive, default=128, help="of an answer in mt (default: 128)")
+    add("--max-new-tokens", type=positive, default=128, help="of an answer in mt and sum (default: 128)")
     add("--batch-tokens", type=positive, default=8192, help="most tokens in a batch, padding included (default: 8192)")
     add("--max-length", type=positive, default=1024, help="tokens of a window in bpb (default: 1024)")
     add("--seed", type=int, default=42, help="draws items, few-shots and samples (default: 42)")
@@ -855,12 +866,14 @@ def evaluate(args):
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "sacrebleu": sacrebleu.__version__}
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"model {args.model}: {error}")
     if tokenizer.chat_template is None:
         fail(f"model {args.model} has no chat template: this evaluation is for instruct models")
-    items = list(plan(data, tokenizer, args.lang, settings))
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    items = list(plan(data, tokenizer, args.lang, settings, context))
     keys = [key_of(record) for record, _, _ in items]
     if len(set(keys)) < len(keys):
         fail(f"two items have the same id: {Counter(keys).most_common(1)[0][0]}")
@@ -877,8 +890,11 @@ def evaluate(args):
         found, sizes = divide(task, members, args)
         left = [(args.seed + run, i, b) for i, b in enumerate(found) if any(key_of(item[0]) not in done for item in b)]
         todo += left
+        few = sum(record["shots"] < SHOTS[task] for record, _, _ in members) if task in SHOTS else 0
+        long = sum(len(prompt) >= context for _, prompt, _ in members)
         print(f"{task} {side}, run {run}: {len(members)} items, {sum(sizes)} tokens, "
-              f"{len(left)} of {len(found)} batches to do")
+              f"{len(left)} of {len(found)} batches to do" + f"; {few} with fewer than {SHOTS.get(task)} examples"
+              * bool(few) + f"; {long} longer than the {context} tokens that the model was made for" * bool(long))
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     write_atomically(items_path, "".join(map(dump, [header, *done.values()])))
     if todo:

@@ -16,10 +16,13 @@ fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
 case "${1:-}" in ne|ky|am|ha|ig) lang=$1 ;; *)
     echo "usage: bash run_all.sh LANG, one of: ne (Nepali), ky (Kyrgyz), am (Amharic), ha (Hausa), ig (Igbo)" >&2; exit 2 ;;
 esac
+dry_run=${2:-}
+[ -z "$dry_run" ] || [ "$dry_run" = --dry-run ] || fail "$dry_run: the only option is --dry-run"
 gpu=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1) || true  # MiB
+[[ $gpu =~ ^[0-9]+$ ]] || gpu=0
 if [ -n "${PROFILE:-}" ]; then why="as asked"
 elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then PROFILE=embedded why="MODEL or DATA_DIR is given"
-elif [ "${gpu:-0}" -lt 130000 ]; then PROFILE=embedded why="no GPU with the 130 GB that a 7B model takes here"
+elif [ "$gpu" -lt 130000 ]; then PROFILE=embedded why="no GPU with the 130 GB that a 7B model takes here"
 elif ! "${PYTHON:-python3}" -c 'import os, urllib.request as u
 u.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=9)' 2>/dev/null
 then PROFILE=embedded why="the hub does not answer"
@@ -28,14 +31,15 @@ case $PROFILE in
     embedded) DATA_DIR=${DATA_DIR:-data/embedded} MODEL=${MODEL:-data/embedded/model} RUNS=${RUNS:-runs}
         CALIBRATION=${CALIBRATION:-$DATA_DIR/en/calibration.jsonl} NUM_SAMPLES=${NUM_SAMPLES:-32} calibration_len=512
         TASKS=${TASKS:-bpb,mcq,mt,chat} STEPS=${STEPS:-32} batch_size=8 save_every=16
-        what="SmolLM2-135M-Instruct and text from PyPI packages, 5 to 8 minutes a method on two cores" ;;
-    paper) DATA_DIR=${DATA_DIR:-data/paper} MODEL=${MODEL:-allenai/OLMo-2-1124-7B-Instruct} RUNS=${RUNS:-runs/paper}
-        CALIBRATION=${CALIBRATION:-tulu} NUM_SAMPLES=${NUM_SAMPLES:-500} calibration_len=2048
-        TASKS=${TASKS:-mt,sum,mrc,mmlu} STEPS=${STEPS:-12208} batch_size=32 save_every=500
-        what="$MODEL, $((STEPS * 16384)) tokens of MADLAD-400, FLORES+, XL-Sum, Belebele and MMLU from the hub" ;;
+        what="$MODEL, $STEPS steps, 5 to 8 minutes a method with the default model on two cores" ;;
+    paper) DATA_DIR=${DATA_DIR:-data/paper} MODEL=${MODEL:-allenai/OLMo-2-1124-7B-Instruct}
+        RUNS=${RUNS:-runs/${MODEL##*/}} CALIBRATION=${CALIBRATION:-tulu} NUM_SAMPLES=${NUM_SAMPLES:-500}
+        TASKS=${TASKS:-mt,sum,mrc,mmlu} STEPS=${STEPS:-12208} batch_size=32 save_every=500 calibration_len=2048
+        what="$MODEL, $STEPS steps on MADLAD-400, hours a method: see below" ;;
     *) fail "PROFILE=$PROFILE: embedded or paper" ;;
 esac
 METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} SEED=${SEED:-42} FLORES=${FLORES:-ungated}
+[[ $FLORES =~ ^(un)?gated$ ]] || fail "FLORES=$FLORES: gated or ungated"
 known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
 lota lota-90 lota-50 s2ft-down s2ft-down-output"
 for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
@@ -48,8 +52,8 @@ RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
     fail "STEPS=$STEPS, SEED=$SEED and NUM_SAMPLES=$NUM_SAMPLES must be whole numbers"
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
 [[ ,$TASKS =~ ^(,(bpb|mcq|mt|sum|mrc|mmlu|chat))+$ ]] || fail "TASKS has $TASKS: some of bpb,mcq,mt,sum,mrc,mmlu,chat"
-dry_run=${2:-}
-[ -z "$dry_run" ] || [ "$dry_run" = --dry-run ] || fail "$dry_run: the only option is --dry-run"
+[[ -d $MODEL || $MODEL = data/embedded/model || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] ||
+    fail "MODEL=$MODEL: no such folder"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
 if grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo ||
     nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then best=bf16; fi
@@ -59,13 +63,14 @@ en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
 echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
-if [ -n "$dry_run" ] && [ $PROFILE = paper ]; then
-    python data/plan_paper.py "$lang" --model "$MODEL" --methods $METHODS --steps "$STEPS" --flores "$FLORES" --runs "$RUNS"
-    exit
+if [ $PROFILE = paper ] && [ "${HF_HUB_OFFLINE:-0}" != 1 ]; then  # does it fit, can it be had? If not, it ends here
+    python data/prepare_paper.py "$lang" --plan --model "$MODEL" --flores "$FLORES" --calibration "$CALIBRATION" \
+        --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) --steps "$STEPS" \
+        --runs "$RUNS"
 elif [ -n "$dry_run" ]; then
-    echo "nothing to download but packages; 5.6 GB of memory, 0.6 GB of disk a method; $METHODS; $TASKS"
-    exit
+    echo "$METHODS; $TASKS. With the default model: 5.6 GB of memory, 0.6 GB of disk a method, no download but packages"
 fi
+if [ -n "$dry_run" ]; then exit; fi
 if [[ " $METHODS " = *" adalora "* ]] &&
         ! python -c "import peft; assert peft.__version__ == '0.21.2'" 2>/dev/null; then
     echo "setup: installing peft, for adalora"
@@ -78,6 +83,9 @@ stage() {
     local output=$1 inputs=$2 stamp=$1.made-by key; shift 2
     key=$({ echo "$* ${model_sha256:-}"; cat "$2" requirements.txt $inputs; } | sha256sum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+        if [ $PROFILE = paper ] && [ -e "$output" -o -e "${output%/model}/checkpoint" ]; then  # it may have taken days
+            fail "$output was made with other settings or another version: set RUNS, or delete it to make it anew"
+        fi
         rm -f "$stamp"; rm -rf "$output" "${output%/model}/checkpoint"
         mkdir -p "$(dirname "$output")"; echo "$key" > "$stamp"
     fi
@@ -90,9 +98,8 @@ if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
 if [ $PROFILE = paper ]; then
-    stage "$target/mmlu.test.jsonl" data/prepare_paper.py python data/prepare_paper.py "$lang" --out "$DATA_DIR" \
-        --flores "$FLORES" --tokenizer "$MODEL" --check allenai/tulu-3-sft-olmo-2-mixture allenai/MADLAD-400
-    needed= texts=
+    texts= needed=$CALIBRATION
+    case $CALIBRATION in tulu|alpaca) needed= ;; esac
     train="python train.py --model $MODEL --data madlad:$lang --gradient-checkpointing --precision $PRECISION \
 --seed $SEED"
     evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --dtype $dtype --tasks $TASKS"
@@ -113,9 +120,11 @@ for task in ${TASKS//,/ }; do case $task in
     mmlu) needed+=" $en/mmlu.dev.jsonl $en/mmlu.test.jsonl $target/mmlu.dev.jsonl $target/mmlu.test.jsonl" ;;
 esac; done
 for file in $needed; do
+    if [ $PROFILE = paper ] && [ "$file" != "$CALIBRATION" ] && [ ! -s "$file" ]; then
+        python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
+    fi
     [ -s "$file" ] || fail "$file is missing or empty: data/README.md says what belongs there"
 done
-[[ -d $MODEL || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] || fail "MODEL=$MODEL: no such folder"
 if [ -d "$MODEL" ]; then model_sha256=$(cat "$MODEL"/*.{safetensors,json,jinja} 2>/dev/null | sha256sum); fi
 
 stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$MODEL" --out "$run/source/eval.json"

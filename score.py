@@ -132,21 +132,23 @@ def read_rows(path):
         fail(f"--data {path}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
 
 
-def hub_rows(preset, seed):
+def hub_rows(preset, seed, commit=None):
     """Yields rows of a data set of the hub in an order drawn by seed, each with the `file` and `row` that it is.
 
     Parquet files come in groups of about a thousand rows. Of all groups 32 are drawn and fetched, their rows shuffled
-    and yielded, then 32 more: 500 sequences take some 100 MB out of the 1.4 GB of tulu, from all parts of it. Raises
-    SystemExit(2) when the hub does not give them."""
+    and yielded, then 32 more: 500 sequences take some 100 MB out of the 1.4 GB of tulu. commit: the data set's, or the
+    one that it has now. Raises SystemExit(2) when the hub does not give them."""
     import pyarrow.parquet as pq  # here, because it takes a second to import
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import HTTPError
     repo, revision, pattern = PRESETS[preset]
     draw = random.Random(seed)
     try:
-        commit = HfApi().dataset_info(repo, revision=revision).sha
+        commit = commit or HfApi().dataset_info(repo, revision=revision).sha
         hub = HfFileSystem()
         paths = sorted(hub.glob(f"datasets/{repo}@{commit}/{pattern}"))
+        if not paths:
+            fail(f"--data {preset}: {repo} at {commit} has no {pattern}: has it changed?")
         files = [pq.ParquetFile(hub.open(path, cache_type="none")) for path in paths]  # only what is asked for
         starts = {(f, g): sum(file.metadata.row_group(i).num_rows for i in range(g))
                   for f, file in enumerate(files) for g in range(file.num_row_groups)}
@@ -161,7 +163,7 @@ def hub_rows(preset, seed):
             draw.shuffle(rows)
             yield from rows
             groups = groups[32:]
-    except (OSError, HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         fail(f"--data {preset}: the hub did not give {repo} ({error}). Mend the network or "
              "HF_TOKEN, or give a file of your own")
 
@@ -216,7 +218,8 @@ def calibration_tokens(data, tokenizer, num_samples, seq_len, seed, folder=Path(
     if data in PRESETS:
         drawn = folder / f"calibration-{data}-{seed}.jsonl"
         before = list(read_rows(drawn)) if drawn.exists() else []
-        rows = itertools.chain(before, itertools.islice(hub_rows(data, seed), len(before), None))
+        commit = before[0]["data"].split("@")[1] if before else None  # more rows: of the data set as it was
+        rows = itertools.chain(before, itertools.islice(hub_rows(data, seed, commit), len(before), None))
         rows = checked(rows, data, tokenizer)
     else:
         rows = list(checked(read_rows(data), data, tokenizer))

@@ -15,7 +15,7 @@ for requirements in "$@"; do
     cp "$requirements" "$stamp"
 done
 # flash-attn is compiled here, so it needs an NVIDIA GPU and nvcc; without it PyTorch's own attention (SDPA) does the same.
-if [ ! -e "$VIRTUAL_ENV/.flash-attn-tried" ]; then
+if [ -z "${dry_run:-}" ] && [ ! -e "$VIRTUAL_ENV/.flash-attn-tried" ]; then
     if command -v nvcc >/dev/null && nvidia-smi >/dev/null 2>&1; then
         echo "setup: compiling flash-attn, which can take an hour"
         { python -m pip install --quiet ninja packaging wheel &&

@@ -35,6 +35,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -224,11 +225,12 @@ def madlad(lang):
         fail(f"--data madlad:{lang}: the hub did not give {repo} ({error}). Mend the network, or give a file")
     files = sorted(map(str, Path(folder, "data", lang).glob("*.jsonl.gz")))
     if not files:
-        fail(f"--data madlad:{lang}: {repo} has no such language; see its card for the codes")
+        fail(f"--data madlad:{lang}: no such language in {repo}, whose card has the codes, or in the hub's cache")
     try:
         rows = load_dataset("json", data_files=files, split="train")
-    except DatasetsError as error:
-        fail(f"--data madlad:{lang}: {files[0]} or another file is damaged ({error.__cause__ or error}); delete it")
+    except (DatasetsError, OSError, ValueError, zlib.error) as error:
+        fail(f"--data madlad:{lang}: cannot be read ({error.__cause__ or error}). If a file is damaged, delete "
+             f"{Path(folder).parents[1]} to fetch it again")
     return rows.shuffle(seed=42).select(range(min(len(rows), 250_000))) if lang == "ne" else rows
 
 
@@ -308,8 +310,8 @@ def token_file(flag, data, tokenizer, tokenizer_sha256, end_of_text, cache, at_l
         if first is None:
             fail(f"{flag} {data}: no text in it")
         cache.mkdir(parents=True, exist_ok=True)
-        folder, done = os.open(cache, os.O_RDONLY), part.with_suffix(".done")
-        fcntl.flock(folder, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
+        lock, done = open(cache / "lock", "w"), part.with_suffix(".done")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
         try:
             if not facts_path.exists():
                 texts = itertools.chain([first], texts)
@@ -322,11 +324,9 @@ def token_file(flag, data, tokenizer, tokenizer_sha256, end_of_text, cache, at_l
         except SystemExit:  # unfit text: nothing to go on from
             part.unlink(missing_ok=True)
             done.unlink(missing_ok=True)
-            if not any(cache.iterdir()):
-                cache.rmdir()
             raise
         finally:
-            os.close(folder)
+            lock.close()
     try:
         facts = json.loads(facts_path.read_text())
         size = tokens_path.stat().st_size

@@ -2,22 +2,29 @@
 
     python data/prepare_paper.py ne                        # writes data/paper/en and data/paper/ne
     HF_TOKEN=... python data/prepare_paper.py ne ig --flores gated
-    python evaluate.py --model MODEL --lang ne --data-dir data/paper --tasks mt,sum,mrc,mmlu --out eval.json
+    python data/prepare_paper.py ne --plan --methods fft ssu-wanda    # only says what a whole run would need
 
     flores.{dev,devtest}   FLORES+: all of dev, 500 pairs of devtest (the authors' draw). The gated original needs
                            HF_TOKEN and its terms accepted; the ungated copy of mteb has devtest alone, so there the
                            examples come from the other 512 pairs.
-    xlsum                  XL-Sum: of test and validation the 500 articles with the fewest tokens (--tokenizer)
+    xlsum                  XL-Sum: of test and validation the 500 articles with the fewest tokens of --model
     belebele               Belebele: all 900 questions
     mmlu.{dev,test}        MMLU (English) and Global-MMLU, without questions that have an empty option
 
-Each data set is read at the commit that it has now, the ungated FLORES+ at a pinned one; provenance.json says which.
-What was fetched stays in the hub's cache, so nothing is downloaded twice, and evaluate.py needs no hub.
+Each data set is read at the commit that it has now, the ungated FLORES+ at a pinned one; LANG/provenance.json says
+which. What was fetched stays in the hub's cache, so nothing is downloaded twice, and evaluate.py needs no hub. Files
+that this script did not write are never overwritten.
+
+--plan asks the hub whether all that run_all.sh's paper profile needs can be had, and how large it is. Memory and disk
+are counted: 16 bytes a parameter in training (fp32 weights, gradients, two moments) and 2 for autocast's copy; 12 in a
+checkpoint, twice while a new one replaces the old. Hours are computed, not measured: 8 floating-point operations a
+parameter and token (6, and 2 for gradient checkpointing) at 40% of a GPU's peak. Exit code 2 if anything does not fit.
 """
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +32,16 @@ LANGUAGES = {"en": ("eng_Latn", "english"), "ne": ("npi_Deva", "nepali"), "ky": 
              "am": ("amh_Ethi", "amharic"), "ha": ("hau_Latn", "hausa"), "ig": ("ibo_Latn", "igbo")}  # FLORES, XL-Sum
 FLORES = {"gated": ("openlanguagedata/flores_plus", None),
           "ungated": ("mteb/FloresBitextMining", "2144d16cc15edd22d4a9237d12bff5f31f5c07fc")}
+XLSUM, BELEBELE, MMLU, GLOBAL_MMLU = (
+    ("csebuetnlp/xlsum", "refs/convert/parquet"), ("facebook/belebele", None), ("cais/mmlu", None),
+    ("CohereLabs/Global-MMLU", None))
+# What score.py and train.py read: data set, revision, folder, part of the file names, what share is fetched.
+CALIBRATION = {"tulu": ("allenai/tulu-3-sft-olmo-2-mixture", None, "data", "", 0.1),
+               "alpaca": ("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "data", "", 1)}
+MADLAD = ("allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6", "data/LANG", "_clean_", 1)
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
+ANSWERS = ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
+PEAKS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250, "MI300X": 1307}  # dense bf16 TFLOP/s
 
 
 def fail(message):
@@ -34,52 +50,72 @@ def fail(message):
 
 
 def commit_of(repo, revision):
-    """The commit that a revision of a data set is now. Raises SystemExit(2) when the hub does not say."""
+    """The commit that a revision of a data set is now, and that its files may be read: SystemExit(2) if not."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     try:
+        HfApi().auth_check(repo, repo_type="dataset")
         return HfApi().dataset_info(repo, revision=revision).sha
     except (OSError, HTTPError) as error:
         fail(f"the hub did not give {repo} ({error}). A gated set needs its terms accepted on its page and HF_TOKEN")
 
 
-def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def reader(commits):
+    """load(repo, config, split, columns): the rows of a data set at its commit. Raises SystemExit(2), naming it."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    def load(repo, config, split, columns):
+        print(f"read {repo} {config or ''} {split}")
+        try:
+            if repo == XLSUM[0]:  # its own files need a loading script; the hub keeps them as parquet beside it
+                files = f"hf://datasets/{repo}@{commits[repo]}/{config}/{split}/*.parquet"
+                rows = load_dataset("parquet", data_files=files, split="train")
+            else:
+                rows = load_dataset(repo, config, split=split, revision=commits[repo])
+        except (OSError, ValueError, DatasetsError, HTTPError) as error:
+            fail(f"{repo}, {config}, {split}: {error}")
+        # where the hub fails half-way, datasets takes what it has of another commit
+        if repo != XLSUM[0] and not all(commits[repo] in file["filename"] for file in rows.cache_files):
+            fail(f"{repo}, {config}, {split}: not of commit {commits[repo]}: is the hub out of reach? Try again")
+        if missing := set(columns) - set(rows.column_names):
+            fail(f"{repo}, {config}, {split} has no {sorted(missing)}, but {rows.column_names}: has it changed?")
+        return [{column: row[column] for column in columns} for row in rows]
+    return load
 
 
 def flores_rows(load, which, lang):
     """{"dev": pairs, "devtest": pairs} of English and a language."""
     import pandas
-    code = LANGUAGES[lang][0]
-    repo, _ = FLORES[which]
+    code, repo = LANGUAGES[lang][0], FLORES[which][0]
     if which == "gated":
-        splits = {split: list(zip(load(repo, "eng_Latn", split), load(repo, code, split), strict=True))
+        splits = {split: list(zip(*(load(repo, c, split, ("id", "text")) for c in ("eng_Latn", code)), strict=True))
                   for split in ("dev", "devtest")}
         if any(a["id"] != b["id"] for pairs in splits.values() for a, b in pairs):
             fail(f"{repo}: its languages are not in the same order")
         splits = {split: [{"id": a["id"], "eng_Latn": a["text"], code: b["text"]} for a, b in pairs]
                   for split, pairs in splits.items()}
     else:
-        rows = load(repo, None, "devtest")
-        splits = {"devtest": [{"id": i, "eng_Latn": row["eng_Latn"], code: row[code]} for i, row in enumerate(rows)]}
+        rows = load(repo, None, "devtest", ("eng_Latn", code))
+        splits = {"devtest": [{"id": i} | row for i, row in enumerate(rows)]}
     everything = splits["devtest"]
-    chosen = pandas.Series(range(len(everything))).sample(n=min(500, len(everything)), random_state=42)
+    chosen = pandas.Series(range(len(everything))).sample(n=min(500, len(everything)), random_state=42).tolist()
     rest = [pair for i, pair in enumerate(everything) if i not in set(chosen)]
     return {"dev": splits.get("dev", rest), "devtest": [everything[i] for i in chosen]}
 
 
 def xlsum_rows(load, lang, tokenizer):
     """The 500 articles of test and validation with the fewest tokens, shortest first; `id`, `text`, `summary`."""
-    folder = LANGUAGES[lang][1]
-    rows = [row for split in ("test", "validation") for row in load("csebuetnlp/xlsum", folder, split)]
-    rows.sort(key=lambda row: len(tokenizer(row["text"])["input_ids"]))
-    return [{key: row[key] for key in ("id", "text", "summary")} for row in rows[:500]]
+    rows = [row | {"id": f"{split}/{row['id']}"} for split in ("test", "validation")
+            for row in load(XLSUM[0], LANGUAGES[lang][1], split, ("id", "text", "summary"))]
+    rows = [row for row in rows if row["text"] and row["summary"]]
+    return sorted(rows, key=lambda row: len(tokenizer(row["text"])["input_ids"]))[:500]
+
+
+def belebele_rows(load, lang):
+    return load(BELEBELE[0], LANGUAGES[lang][0], "test", (
+        "link", "question_number", "flores_passage", "question", *ANSWERS, "correct_answer_num"))
 
 
 def mmlu_rows(load, lang, split):
@@ -87,67 +123,142 @@ def mmlu_rows(load, lang, split):
     if lang == "en":
         rows = [{"sample_id": f"{row['subject']}/{split}/{i}", "subject": row["subject"], "question": row["question"],
                  **dict(zip(OPTIONS, row["choices"], strict=True)), "answer": "ABCD"[row["answer"]]}
-                for i, row in enumerate(load("cais/mmlu", "all", split))]
+                for i, row in enumerate(load(MMLU[0], "all", split, ("subject", "question", "choices", "answer")))]
     else:
-        columns = ("sample_id", "subject", "question", *OPTIONS, "answer")
-        rows = [{key: row[key] for key in columns} for row in load("CohereLabs/Global-MMLU", lang, split)]
+        rows = load(GLOBAL_MMLU[0], lang, split, ("sample_id", "subject", "question", *OPTIONS, "answer"))
     return [row for row in rows if row["question"] and all(row[option] for option in OPTIONS)]
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def prepare(args):
+    from transformers import AutoTokenizer
+    for lang in ("en", *args.lang):
+        if (args.out / lang).exists() and not (args.out / lang / "provenance.json").exists():
+            fail(f"{args.out / lang} holds files that are not from here: choose another --out, or complete them")
+    # Access to everything is checked before anything large is fetched.
+    commits = {repo: commit_of(repo, revision)
+               for repo, revision in (FLORES[args.flores], XLSUM, BELEBELE, MMLU, GLOBAL_MMLU)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: {error}")
+    load = reader(commits)
+    for lang in ("en", *args.lang):
+        files = {"xlsum": (XLSUM[0], xlsum_rows(load, lang, tokenizer)),
+                 "belebele": (BELEBELE[0], belebele_rows(load, lang))}
+        if lang != "en":
+            files |= {f"flores.{split}": (FLORES[args.flores][0], rows)
+                      for split, rows in flores_rows(load, args.flores, lang).items()}
+        files |= {f"mmlu.{split}": (MMLU[0] if lang == "en" else GLOBAL_MMLU[0], mmlu_rows(load, lang, split))
+                  for split in ("dev", "test")}
+        texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                 for name, (_, rows) in files.items()}
+        listed = {f"{name}.jsonl": {"rows": len(rows), "sha256": hashlib.sha256(texts[name].encode()).hexdigest(),
+                                    "from": f"{repo}@{commits[repo]}"} for name, (repo, rows) in sorted(files.items())}
+        write_text(args.out / lang / "provenance.json", json.dumps(listed, indent=1) + "\n")
+        for name, text in texts.items():  # mmlu.test comes last
+            write_text(args.out / lang / f"{name}.jsonl", text)
+    print(f"wrote {', '.join(str(args.out / lang) for lang in ('en', *args.lang))}\nnext: python evaluate.py --model "
+          f"{args.model} --lang {args.lang[0]} --data-dir {args.out} --tasks mt,sum,mrc,mmlu --out eval.json")
+
+
+def size_of(kind, repo, revision=None, folder=None, part=""):
+    """(bytes of the files of a repository, None), or (0, why they cannot be had)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    try:
+        HfApi().auth_check(repo, repo_type=kind)
+        tree = HfApi().list_repo_tree(repo, folder, recursive=True, revision=revision, repo_type=kind)
+        return sum(getattr(entry, "size", 0) for entry in tree if part in entry.path), None
+    except (HfHubHTTPError, ValueError) as error:
+        return 0, " ".join(str(error).split())[:160]
+    except (OSError, HTTPError) as error:
+        fail(f"the hub does not answer ({error})")
+
+
+def plan(args):
+    """Prints what a run of the paper profile downloads, needs and takes; returns what does not fit."""
+    import torch
+    from huggingface_hub.constants import HF_HOME
+    from transformers import AutoConfig, AutoModelForCausalLM
+    problems, download, lang = [], 0, args.lang[0]
+    wanted = [("dataset", *MADLAD), ("dataset", *FLORES[args.flores], None, "", 1), ("dataset", *XLSUM, None, "", 1),
+              ("dataset", *BELEBELE, None, "", 1), ("dataset", *MMLU, "all", "", 1),
+              ("dataset", *GLOBAL_MMLU, lang, "", 1)]
+    wanted += [("dataset", *CALIBRATION[args.calibration])] if args.calibration in CALIBRATION else []
+    wanted += [("model", args.model, None, None, ".safetensors", 1)] if not os.path.isdir(args.model) else []
+    print("download, at most:")
+    for kind, repo, revision, folder, part, share in wanted:
+        size, reason = size_of(kind, repo, revision, folder and folder.replace("LANG", lang), part)
+        download += share * size
+        problems += [f"the hub does not give {repo}"] if reason else []
+        print(f"  {repo:<36} " + (f"not to be had: {reason}" if reason else f"{share * size / 1e9:8.3f} GB"))
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        return [*problems, f"{args.model}: {' '.join(str(error).split())[:300]}"]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+    tokens, saved = args.steps * 32 * 512, count * (config.dtype or torch.float32).itemsize
+    print(f"train: {' '.join(args.methods)}: {args.models} models of {count:,} parameters, {tokens:,} tokens each")
+    print("evaluate: translation, summarisation, Belebele, MMLU, for the source model and each of these")
+    elements = any("element" in method or "lota" in method for method in args.methods)
+    disks = {HF_HOME: ("downloads, text as Arrow", 4 * download),
+             str(args.runs): ("checkpoints, models, scores", 24 * count + saved * args.models + 5 * count * elements)}
+    for place, (what, size) in disks.items():
+        folder = next(p for p in (Path(place).absolute(), *Path(place).absolute().parents) if p.exists())
+        free = shutil.disk_usage(folder).free
+        print(f"disk: {size / 1e9:.1f} GB ({what}) of {free / 1e9:.1f} GB free at {folder}")
+        problems += [f"the disk at {folder} lacks {(size - free) / 1e9:.1f} GB"] if size > free else []
+
+    text = config.get_text_config()  # a micro-batch of 4 x 512 tokens: logits, checkpointed inputs, one layer
+    activations = 2048 * (12 * text.vocab_size + 2 * text.num_hidden_layers * text.hidden_size + 80 * text.hidden_size)
+    needed = 18 * count + activations
+    if torch.cuda.is_available():
+        has, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
+    else:
+        has, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, without a CUDA device"
+    print(f"memory: {16 * count / 1e9:.1f} GB of weights, gradients, moments, {2 * count / 1e9:.1f} of autocast's "
+          f"copy, about {activations / 1e9:.1f} of activations; {name} has {has / 1e9:.1f} GB")
+    if needed > has:
+        problems.append(f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}")
+    known = {gpu: peak for gpu, peak in PEAKS.items() if gpu in name} or PEAKS
+    hours = ", ".join(f"{8 * count * tokens / (0.4 * peak * 1e12) / 3600:.1f} on {gpu}" for gpu, peak in known.items())
+    print(f"hours to train one of them, at 40% of the peak (computed, not measured): {hours}; and evaluation")
+    return problems
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lang", nargs="+", choices=list(LANGUAGES)[1:])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "paper")
-    parser.add_argument("--flores", choices=FLORES, default="ungated", help="which FLORES+ (default: ungated)")
-    parser.add_argument("--tokenizer", default="allenai/OLMo-2-1124-7B-Instruct", help="counts XL-Sum's tokens")
-    parser.add_argument("--check", nargs="+", default=[], help="data sets that a run will need later: can they be had?")
+    add = parser.add_argument
+    add("lang", nargs="+", choices=list(LANGUAGES)[1:])
+    add("--out", type=Path, default=Path(__file__).resolve().parent / "paper")
+    add("--flores", choices=FLORES, default="ungated", help="which FLORES+ (default: ungated)")
+    add("--model", default="allenai/OLMo-2-1124-7B-Instruct", help="its tokenizer counts XL-Sum's tokens")
+    add("--plan", action="store_true", help="only say what a run needs; the options below are for it")
+    add("--methods", nargs="+", default=["fft", "ssu-wanda"])
+    add("--models", type=int, default=2, help="how many models the run saves (default: 2)")
+    add("--steps", type=int, default=12208)
+    add("--calibration", default="tulu")
+    add("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from transformers import AutoTokenizer
-
-    # Access to everything is checked before anything large is fetched.
-    xlsum = "csebuetnlp/xlsum"
-    repos = {repo: commit_of(repo, revision) for repo, revision in (
-        FLORES[args.flores], (xlsum, "refs/convert/parquet"), ("facebook/belebele", None), ("cais/mmlu", None),
-        ("CohereLabs/Global-MMLU", None), *((repo, None) for repo in args.check))}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fail(f"--tokenizer {args.tokenizer}: {error}")
-
-    def load(repo, config, split):
-        print(f"read {repo} {config or ''} {split}")
-        try:
-            if repo == xlsum:  # its own files need a loading script; the hub keeps them as parquet beside it
-                files = f"hf://datasets/{repo}@{repos[repo]}/{config}/{split}/*.parquet"
-                return load_dataset("parquet", data_files=files, split="train")
-            return load_dataset(repo, config, split=split, revision=repos[repo])
-        except (OSError, ValueError, DatasetsError) as error:
-            fail(f"{repo}, {config}, {split}: {error}")
-
-    belebele, files = "facebook/belebele", {}
-    for lang in ("en", *args.lang):
-        if lang != "en":
-            for split, rows in flores_rows(load, args.flores, lang).items():
-                files[f"{lang}/flores.{split}.jsonl"] = FLORES[args.flores][0], rows
-        files[f"{lang}/xlsum.jsonl"] = xlsum, xlsum_rows(load, lang, tokenizer)
-        files[f"{lang}/belebele.jsonl"] = belebele, list(load(belebele, LANGUAGES[lang][0], "test"))
-        for split in ("dev", "test"):
-            origin = "cais/mmlu" if lang == "en" else "CohereLabs/Global-MMLU"
-            files[f"{lang}/mmlu.{split}.jsonl"] = origin, mmlu_rows(load, lang, split)
-
-    listing = args.out / "provenance.json"
-    listed = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
-    for name, (repo, rows) in files.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(args.out / name, text)
-        listed[name] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest(),
-                        "from": f"{repo}@{repos[repo]}"}
-    write_text(listing, json.dumps(dict(sorted(listed.items())), indent=1) + "\n")
-    print(f"{args.out}: {len(files)} files for en {' '.join(args.lang)}\nnext: python evaluate.py --model MODEL "
-          f"--lang {args.lang[0]} --data-dir {args.out} --tasks mt,sum,mrc,mmlu --out eval.json")
+    if not args.plan:
+        return prepare(args)
+    problems = plan(args)
+    for problem in problems:
+        print(f"does not fit: {problem}")
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

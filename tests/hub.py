@@ -18,7 +18,8 @@ HUB = Path(tempfile.mkdtemp(prefix="hub-"))
 atexit.register(shutil.rmtree, HUB, ignore_errors=True)
 REQUESTS = []  # (command, path, range) of each, so far
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+)"
+                 r"(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?")
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -58,13 +59,17 @@ class Handler(BaseHTTPRequestHandler):
         folder = HUB / kind / repo
         if not folder.is_dir():
             return self.refuse(404, "RepoNotFound")
-        if (folder / ".gated").exists() and self.headers.get("Authorization") != "Bearer let-me-in":
+        # on the hub, too, who may not read the files of a gated repository may still list them
+        private = (folder / ".gated").exists() and (resolve or api[3] == "auth-check")
+        if private and self.headers.get("Authorization") != "Bearer let-me-in":
             return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         revision = (api[4] if api else resolve[3]) or "main"
         commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else COMMIT
         files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
         if resolve:
             return self.send_file(folder / unquote(resolve[4]), commit)
+        if api[3] == "auth-check":
+            return self.answer(200, {})
         if api[3] == "tree":
             below = folder / unquote(api[5] or "")
             if not below.exists():

@@ -213,7 +213,7 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
         assert r["scores"]["correct"] == (r["prediction"] == r["reference"])
         answers = [turn[0] for turn in r["prompt"].split("<|im_start|>assistant\n")[1:-1]]
         if r["task"] == "mmlu":
-            assert answers == [*"ABCDA"] and r["prompt"].count(r["domain"]) == 6
+            assert answers == [*"ABCDA"][5 - r["shots"]:] and r["prompt"].count(r["domain"]) == r["shots"] + 1
     assert count == {(task, side): {"sum": 6, "mrc": 7, "mmlu": 7}[task] for task in ("sum", "mrc", "mmlu")
                      for side in ("source", "target")}
     for task in ("mrc", "mmlu"):
@@ -221,6 +221,22 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
         assert found["results"][task]["target"]["accuracy"] == pytest.approx(sum(chosen) / len(chosen))
     assert found["results"]["mmlu"]["source"]["subjects"]["law"]["n"] == 3
     assert found["results"]["sum"]["target"]["n"] == 3 and len(found["results"]["sum"]["target"]["runs"]) == 2
+
+
+def test_examples_that_do_not_fit_the_context_are_left_out_and_counted(papers, llama):
+    data, _ = evaluate.read_data(papers, "ne", ["mmlu"])
+    settings = {"tasks": ["mmlu"], "seed": 1, "num_samples": 9, "num_questions": None, "runs": 1, "few_shots": 3,
+                "max_length": 128}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    whole = {(r["side"], r["id"]): (r, ids) for r, ids, _ in evaluate.plan(data, tokenizer, "ne", settings)}
+    longest = {side: max(len(ids) for (s, _), (_, ids) in whole.items() if s == side) for side in ("source", "target")}
+    assert longest["source"] < longest["target"]
+    for record, ids, _ in evaluate.plan(data, tokenizer, "ne", settings, context=longest["source"] + 1):
+        full, all_ids = whole[record["side"], record["id"]]
+        assert len(ids) <= longest["source"] and record["prompt"].count("<|im_start|>user") == record["shots"] + 1
+        assert (record["shots"] == 5) == (len(all_ids) <= longest["source"])
+        assert full["prompt"].endswith(record["prompt"]) and full["shots"] == 5
+        assert ids[:record["shared"]] == all_ids[len(all_ids) - len(ids):][:record["shared"]]
 
 
 def test_an_item_is_never_its_own_example(papers):

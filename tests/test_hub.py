@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import evaluate
 import score
 import train
-from data import plan_paper, prepare_paper
+from data import prepare_paper
 
 TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
 
@@ -242,7 +242,7 @@ def paper_sets(served, olmo2):
 
 
 def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monkeypatch, capsys):
-    argv = ["ig", "--tokenizer", "someone/tiny", "--out", str(tmp_path)]
+    argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path)]
     prepare_paper.main(argv)
     data, _ = evaluate.read_data(tmp_path, "ig", ["mt", "sum", "mrc", "mmlu"])
     assert {name: len(rows) for name, rows in data.items()} == {
@@ -255,9 +255,9 @@ def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monke
     assert all(row["eng_Latn"] == f"eng_Latn {row['id']}" for row in data["target/flores.devtest"])
     assert [len(row["text"].split()) for row in data["source/xlsum"]] == [1, 3, 5, 6, 7, 8, 9, 10]
     assert [row["answer"] for row in data["source/mmlu.test"]] == [*"ABCD"]
-    listed = json.loads((tmp_path / "provenance.json").read_text())
-    assert listed["ig/flores.dev.jsonl"]["from"] == "mteb/FloresBitextMining@" + prepare_paper.FLORES["ungated"][1]
-    assert listed["ig/xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
+    listed = json.loads((tmp_path / "ig/provenance.json").read_text())
+    assert listed["flores.dev.jsonl"]["from"] == "mteb/FloresBitextMining@" + prepare_paper.FLORES["ungated"][1]
+    assert listed["xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     REQUESTS.clear()
@@ -280,21 +280,35 @@ def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monke
 def test_plan_says_what_does_not_fit(paper_sets, tmp_path, capsys):
     put_tulu(paper_sets)
     put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
-    argv = ["ig", "--model", "someone/tiny", "--steps", "10", "--runs", str(tmp_path)]
-    assert plan_paper.main(argv) == 2
+    argv = ["ig", "--plan", "--model", "someone/tiny", "--steps", "10", "--runs", str(tmp_path)]
+    assert prepare_paper.main(argv) == 0
     out = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in load_file(HUB / "models/someone/tiny/model.safetensors").values())
-    assert f"{count:,} parameters, each 163,840 tokens" in out and out.count("does not fit") == 1
-    assert "does not fit: training takes 8.0 GB, and there is no CUDA device" in out and "not to be had" not in out
+    assert f"2 models of {count:,} parameters, 163,840 tokens each" in out and "not to be had" not in out
     sizes = sum(f.stat().st_size for f in (paper_sets / MADLAD / "data/ig").glob("*_clean_*"))
     assert f"{MADLAD:<36} {sizes / 1e9:8.3f} GB" in out
     assert not [path for _, path, _ in REQUESTS if "/resolve/" in path and not path.endswith(".json")]
-    assert plan_paper.main([*argv[1:], "yo", "--flores", "gated"]) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines if "the hub does not give" in line] == [
-        MADLAD, "CohereLabs/Global-MMLU", "openlanguagedata/flores_plus"]
-    assert plan_paper.main(["ig", "--model", "someone/nothing"]) == 2
+
+    config = json.loads((HUB / "models/someone/tiny/config.json").read_text())
+    large = config | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2000}
+    (HUB / "models/someone/large").mkdir()
+    (HUB / "models/someone/large/config.json").write_text(json.dumps(large))
+    argv[argv.index("someone/tiny")] = "someone/large"
+    assert prepare_paper.main([*argv, "--flores", "gated"]) == 2
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
+    assert len(problems) == 3
+    assert all(word in line for word, line in zip(("flores_plus", "disk", "training takes"), problems, strict=True))
+    argv[argv.index("someone/large")] = "someone/nothing"
+    assert prepare_paper.main(argv) == 2
     assert "does not fit: someone/nothing" in capsys.readouterr().out
+
+
+def test_foreign_files_are_not_overwritten(paper_sets, tmp_path, capsys):
+    (tmp_path / "ig").mkdir()
+    (tmp_path / "ig/xlsum.jsonl").write_text("mine")
+    with pytest.raises(SystemExit):
+        prepare_paper.main(["ig", "--model", "someone/tiny", "--out", str(tmp_path)])
+    assert "not from here" in capsys.readouterr().err and (tmp_path / "ig/xlsum.jsonl").read_text() == "mine"
 
 
 @pytest.mark.slow
