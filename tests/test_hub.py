@@ -107,7 +107,7 @@ def test_alpaca_reads_as_the_authors_format_it(served, olmo2, tmp_path):
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(what, served, olmo2, tmp_path, capsys):
     for repo, main in ((TULU, ["--data", "tulu"]), (MADLAD, ["--data", "madlad:ky"])):
         if what == "gated":
-            (served / repo).mkdir(parents=True)
+            put_tulu(served) if repo == TULU else [put_madlad(served, lang, TEXT) for lang in ("ky", "ne")]
             (served / repo / ".gated").touch()
         with pytest.raises(SystemExit) as stopped:
             if repo == TULU:
@@ -331,7 +331,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path):
                     HF_TOKEN="let-me-in")
     done = run_all("ig", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("paper profile (as asked): someone/tiny, 32768 tokens of MADLAD-400")
+    assert done.stdout.startswith("paper profile (as asked): someone/tiny, 2 steps on MADLAD-400")
     run = tmp_path / "runs/ig"
     found = json.loads((run / "ssu-wanda/eval.json").read_text())
     assert {(task, side) for task, sides in found["results"].items() for side in sides} == {
