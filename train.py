@@ -310,23 +310,26 @@ def token_file(flag, data, tokenizer, tokenizer_sha256, end_of_text, cache, at_l
         if first is None:
             fail(f"{flag} {data}: no text in it")
         cache.mkdir(parents=True, exist_ok=True)
-        lock, done = open(cache / "lock", "w"), part.with_suffix(".done")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
-        try:
-            if not facts_path.exists():
-                texts = itertools.chain([first], texts)
-                counts = tokenise(texts, tokenizer, end_of_text, templated, dtype, part, done)
-                if counts["tokens"] < at_least:
-                    fail(f"{flag} {data}: {counts['tokens']} tokens are too short for one block of {at_least}")
-                os.replace(part, tokens_path)
-                write_atomically(facts_path, json.dumps(dict(data=data, key=key, dtype=dtype.name) | counts))
-                done.unlink(missing_ok=True)
-        except SystemExit:  # unfit text: nothing to go on from
-            part.unlink(missing_ok=True)
-            done.unlink(missing_ok=True)
-            raise
-        finally:
-            lock.close()
+        done, locked = part.with_suffix(".done"), part.with_suffix(".lock")
+        with open(locked, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
+            try:
+                if not facts_path.exists():
+                    texts = itertools.chain([first], texts)
+                    counts = tokenise(texts, tokenizer, end_of_text, templated, dtype, part, done)
+                    if counts["tokens"] < at_least:
+                        fail(f"{flag} {data}: {counts['tokens']} tokens are too short for one block of {at_least}")
+                    os.replace(part, tokens_path)
+                    write_atomically(facts_path, json.dumps(dict(data=data, key=key, dtype=dtype.name) | counts))
+            except SystemExit:  # unfit text: nothing to go on from
+                part.unlink(missing_ok=True)
+                raise
+            finally:
+                if not part.exists():
+                    done.unlink(missing_ok=True)
+                    locked.unlink(missing_ok=True)
+                    if not any(cache.iterdir()):
+                        cache.rmdir()
     try:
         facts = json.loads(facts_path.read_text())
         size = tokens_path.stat().st_size
