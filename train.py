@@ -40,6 +40,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
@@ -108,6 +109,7 @@ def parse_args(argv):
         help="activations of all layers are computed again, a third more time; auto: of as many as memory demands")
     add("--compact", action="store_true", help="no gradients, moments and masters for frozen columns: the same updates "
         "with less memory and time; column masks only")
+    add("--compile", action="store_true", help="torch.compile of the layers; for long runs on a GPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--plan", action="store_true", help="only say which GPU is large enough for --model, from its config")
     args = parser.parse_args(argv)
@@ -135,6 +137,8 @@ def parse_args(argv):
         parser.error("--adalora cannot resume (peft's rank allocator has a state of its own): leave out --save-every")
     if args.adalora and not importlib.util.find_spec("peft"):
         parser.error("--adalora needs peft: pip install peft==0.21.2")
+    if args.compile and (args.adalora or not any(map(shutil.which, ("g++", "clang++", "c++")))):
+        parser.error("--compile needs a C++ compiler, g++ or clang++, and is not for AdaLoRA: leave it out")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     if args.plan:
@@ -455,14 +459,14 @@ class SelectedColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, updated, columns):
         x = x.to(weight.dtype)  # as autocast does
-        ctx.save_for_backward(x.index_select(-1, columns), weight)
+        ctx.save_for_backward(x.flatten(0, -2).index_select(1, columns), weight)  # [tokens, k]
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gy):
         x, weight = ctx.saved_tensors
         flat = gy.flatten(0, -2)  # [tokens, d_out]
-        return gy @ weight, None, flat.sum(0) if ctx.needs_input_grad[2] else None, flat.T @ x.flatten(0, -2), None
+        return gy @ weight, None, flat.sum(0) if ctx.needs_input_grad[2] else None, flat.T @ x, None
 
 
 # What make_optimizer leaves out: `weight` is updated in `columns` (None: all) by the gradient that `updated` gets,
@@ -479,10 +483,10 @@ def make_leaf(weight, columns, updated, mask, kept=None):
     return Leaf(weight, columns, updated, mask.to(weight.device), master, adam, kept is not None)
 
 
-def compact_linear(x, module, leaf):
+def compact_linear(module, x):
     if not torch.is_grad_enabled():
         return F.linear(x, module.weight, module.bias)
-    return SelectedColumns.apply(x, module.weight, module.bias, leaf.updated, leaf.columns)
+    return SelectedColumns.apply(x, module.weight, module.bias, module.updated, module.columns)
 
 
 def make_leaves(model, masks, args):
@@ -498,13 +502,14 @@ def make_leaves(model, masks, args):
             continue
         weight, columns, kept = module.weight.requires_grad_(False), masks[name][0].nonzero()[:, 0], None
         if args.precision == "bf16" and args.master == "fp32":
-            kept = weight.detach()[:, columns]
+            kept = weight.detach().index_select(1, columns)
             weight.data = weight.data.bfloat16()
         weight.data, columns = weight.data.to(device), columns.to(device)
         if len(columns):
             updated = weight.new_zeros(1).expand(len(weight), len(columns)).requires_grad_()
             leaves[name] = make_leaf(weight, columns, updated, torch.ones(1, 1, dtype=torch.uint8), kept)
-            module.forward = functools.partial(compact_linear, module=module, leaf=leaves[name])
+            module.updated, module.columns = updated, columns
+            module.forward = types.MethodType(compact_linear, module)
     model.to(device)
     for name, p in model.named_parameters() if args.master != "fp32" else ():
         if p.requires_grad:
@@ -532,9 +537,9 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
     for weight, columns, updated, mask, master, adam, keeps_master in leaves.values():
         if updated.grad is None:
             continue
-        where = ... if columns is None else (slice(None), columns)
         if not keeps_master:
-            master.data = weight.detach()[where].to(master.dtype, copy=True)
+            part = weight.detach() if columns is None else weight.detach().index_select(1, columns)
+            master.data = part.to(master.dtype, copy=columns is None)
         master.grad = updated.grad.to(master.dtype).mul_(scale)
         updated.grad = None
         if weight.dim() > 1 and weight_decay:
@@ -545,8 +550,8 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
         if stochastic and weight.dtype != master.dtype:  # bf16 is the upper half of fp32: carry into it at random
             bits = master.view(torch.int32)
             rounded = (bits + torch.randint_like(bits, 0, 2**16)).bitwise_and_(-(2**16)).view(torch.float32)
-        weight[where] = rounded.to(weight.dtype)
-        master.grad = None
+        rounded, master.grad = rounded.to(weight.dtype), None
+        weight.copy_(rounded) if columns is None else weight.index_copy_(1, columns, rounded)
         if not keeps_master:
             master.data = master.new_empty(0)
 
@@ -555,6 +560,8 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
 def restore(model, leaves, source):
     """Makes bf16 parameters fp32 again: what is still the source's value rounded to bf16 becomes that value, all else
     is as trained; kept masters replace their columns. A frozen weight that had moved would stay different."""
+    for leaf in leaves.values():
+        leaf.adam.state.clear()  # makes room for fp32 weights
     for name, p in model.named_parameters():
         if p.dtype == torch.bfloat16:
             before = source.get_parameter(name).detach().to(p.device)
@@ -606,10 +613,18 @@ def state_bytes(model, masks, args):
     return found
 
 
+def decoder_layers(model):
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient-checkpointing, --compile and --plan need layers that transformers can checkpoint; "
+             f"{type(model).__name__} has none")
+    return layers
+
+
 def layer_bytes(model, args):
     """(a, b, c): the backward pass of one decoder layer needs a + b * blocks bytes of activations, what autograd saves
     between its input and its output, parameters apart; checkpointing keeps c * blocks bytes, the input, instead."""
-    layer = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    layer = decoder_layers(model)[0]
     parameters, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
     for blocks_at_once in (1, 2):
         saved, inside = {}, []
@@ -649,7 +664,7 @@ def checkpoint_layers(model, masks, args):
     if args.gradient_checkpointing == "none":
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if args.gradient_checkpointing == "all":
         return
     for layer in layers:
@@ -939,6 +954,8 @@ def run(args):
     if args.compact and any(len(masks[name]) != 1 for name in maskable(skeleton) if masks[name].dim() == 2):
         fail(f"--compact: {args.mask} is no column mask. The gradient of a column needs its input feature alone; rows "
              "and elements are not supported. Train without --compact")
+    if args.compile or args.gradient_checkpointing != "none":
+        decoder_layers(skeleton)
     if args.adalora:  # all that carries adapters is frozen
         masks = {name: torch.zeros((1,) * skeleton.get_parameter(name).dim(), dtype=torch.uint8)
                  for name in maskable(skeleton)}
@@ -968,7 +985,7 @@ def run(args):
         digest.update(name.encode() + masks[name].numpy().tobytes())
     settings = {key: getattr(args, key) for key in (
         "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
-        "precision", "master", "compact", "seed", "gradient_checkpointing", "gmt_ratio", "adalora")}
+        "precision", "master", "compact", "compile", "seed", "gradient_checkpointing", "gmt_ratio", "adalora")}
     settings |= {
         "model": getattr(config, "_commit_hash", None) or sha256_of(
             f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model")),
@@ -1017,6 +1034,8 @@ def run(args):
         p.requires_grad_(name not in masks or bool(masks[name].any()))  # wholly frozen: no gradient, no moments
     leaves = make_leaves(model, masks, args)  # in compact mode the whole fp32 model never meets the device
     checkpoint_layers(model, masks, args)
+    for layer in decoder_layers(model) if args.compile else ():
+        layer.compile()  # one graph for all of them, and no wrapper that would change names
     train(args, model, masks, leaves, tokens, heldout, settings, start)
 
     # Proof before the save: what was frozen is what it was.

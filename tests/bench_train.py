@@ -10,9 +10,11 @@ trainer: transformers.Trainer on a model in the precision of --precision, masks 
 authors' released code is described. lora: peft's LoRA, r = 8 on every matrix, in train.py's loop: what one would take
 instead. Weights and text are random, nothing is downloaded. In each round every way runs in a process of its own; the
 first step is warm-up and the median of the others counts. The table has medians over the rounds, and of the ratio to
-masked in the same round the median with the smallest and largest. Memory is the peak of torch's allocator on a GPU, of
-the process on a CPU, where a third of a GB is Python's. MFU counts 6 floating-point operations a parameter (but the
-input embeddings') and token, and attention, over the peak of the device where it is known.
+masked in the same round the median with the smallest and largest. State is counted: weights, masters, gradients,
+moments, masks. Peak memory is that of torch's allocator on a GPU; on a CPU it is the process's, of which a third of a
+GB is Python's and more is freed memory that malloc keeps (MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back). MFU
+counts 6 floating-point operations a parameter (but the input embeddings') and token, and attention, over the peak of
+the device where it is known.
 """
 import argparse
 import json
@@ -53,8 +55,14 @@ def flops(model, seq_len):
     return 6 * count + 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len // 2  # causal
 
 
+def plain_state(model, masks):
+    """Bytes of weights, gradients, moments of the same precision, and full-size masks."""
+    return (sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
+            + sum(model.get_parameter(name).numel() for name in masks))
+
+
 def ours(way, args, model, masks, out):
-    """Seconds since the first step began at the end of each step, by train.py's loop."""
+    """By train.py's loop: (seconds since the first step began at the end of each step, bytes of state)."""
     compact, checkpointing = way in ("compact", "compact-plain", "no-master"), args.gradient_checkpointing
     loop = train.parse_args([
         "--model", "random", "--data", "random", "--out", str(out), "--steps", str(args.steps), "--log-every", "1",
@@ -62,17 +70,20 @@ def ours(way, args, model, masks, out):
         "--seq-len", str(args.seq_len), "--precision", args.precision, "--device", args.device,
         "--gradient-checkpointing", "none" if way == "compact-plain" else checkpointing,
         *(["--mask", "random"] if masks else []), *(["--compact"] if compact else []),
-        *(["--master", "none"] if way == "no-master" else [])])
+        *(["--master", "none"] if way == "no-master" else []), *(["--compile"] if args.compile else [])])
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and (name not in masks or bool(masks[name].any())))
     leaves = train.make_leaves(model, masks, loop)
     train.checkpoint_layers(model, masks, loop)
+    for layer in train.decoder_layers(model) if args.compile else ():
+        layer.compile()
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 64 * args.seq_len, np.uint32)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     train.train(loop, model, masks, leaves, tokens, {}, {}, 0)
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    return [0.0] + [line["step"] * line["ms_per_step"] / 1000 for line in lines if line.get("step")]
+    ends = [0.0] + [line["step"] * line["ms_per_step"] / 1000 for line in lines if line.get("step")]
+    return ends, plain_state(model, {}) if way == "lora" else train.state_bytes(model, masks, loop).total()
 
 
 def trainer(args, model, masks, out):
@@ -95,18 +106,18 @@ def trainer(args, model, masks, out):
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size, optim="adamw_torch_fused",
         learning_rate=5e-5, lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
         logging_strategy="no", report_to=[], use_cpu=args.device == "cpu", disable_tqdm=True,
-        gradient_checkpointing=args.gradient_checkpointing != "none")
+        gradient_checkpointing=args.gradient_checkpointing != "none", torch_compile=args.compile)
     runner = transformers.Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in rows],
                                   callbacks=[Clock()])
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     runner.train()
-    return [0.0] + [end - began for end in ends]
+    return [0.0] + [end - began for end in ends], plain_state(model, masks)
 
 
 def worker(args):
-    """Prints {"seconds": a step, "bytes": peak, "flops": a token} of one way, as the last line."""
+    """Prints {"seconds": a step, "bytes": peak, "state": bytes, "flops": a token} of one way, as the last line."""
     low = args.precision == "bf16" and args.worker in ("trainer", "no-master")
     with torch.device(args.device):
         torch.manual_seed(0)
@@ -115,15 +126,16 @@ def worker(args):
     masks, operations = train.made_up_masks(model), flops(model, args.seq_len)
     with tempfile.TemporaryDirectory() as out:
         if args.worker == "trainer":
-            ends = trainer(args, model, masks, Path(out))
+            ends, state = trainer(args, model, masks, Path(out))
         elif args.worker == "lora":
             from peft import LoraConfig, get_peft_model
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8))
-            ends = ours("lora", args, model, {}, Path(out))
+            ends, state = ours("lora", args, model, {}, Path(out))
         else:
-            ends = ours(args.worker, args, model, {} if args.worker == "fft" else masks, Path(out))
+            ends, state = ours(args.worker, args, model, {} if args.worker == "fft" else masks, Path(out))
     seconds = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
-    print(json.dumps({"seconds": seconds, "bytes": train.peak_memory(args.device), "flops": operations}))
+    print(json.dumps({"seconds": seconds, "bytes": train.peak_memory(args.device), "state": state,
+                      "flops": operations}))
 
 
 def main():
@@ -138,6 +150,7 @@ def main():
     add("--seq-len", type=int, default=128)
     add("--precision", choices=["bf16", "fp32"], default="bf16")
     add("--gradient-checkpointing", choices=["none", "auto", "all"], default="none")
+    add("--compile", action="store_true", help="torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--worker", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -158,11 +171,12 @@ def main():
     tokens = args.batch_size * args.seq_len
     print(f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a step in micro-batches of "
           f"{args.micro_batch_size}, gradient checkpointing: {args.gradient_checkpointing}; {device}; torch "
-          f"{torch.__version__}\n\n| | s a step | to {ways[0]} | peak GB | to {ways[0]} | tokens/s | MFU |\n|"
-          + "---|" * 7)
+          f"{torch.__version__}\n\n| | s a step | to {ways[0]} | state GB | peak GB | to {ways[0]} | tokens/s | MFU |\n"
+          "|" + "---|" * 8)
     for way, runs in found.items():
         cells = [way]
         for key, unit in (("seconds", 1), ("bytes", 1e9)):
+            cells += [f"{runs[0]['state'] / 1e9:.2f}"] * (key == "bytes")
             ratios = sorted(a[key] / b[key] for a, b in zip(runs, found[ways[0]], strict=True))
             cells += [f"{statistics.median(run[key] for run in runs) / unit:.2f}",
                       f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]

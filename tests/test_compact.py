@@ -111,6 +111,19 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text,
     assert [line for line in lines if line.get("step") == 20][0]["loss"] < 0.8 * lines[2]["loss"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--compact", "--gradient-checkpointing"]], ids=" ".join)
+def test_compiled_layers_make_the_same_updates_by_one_graph(more, shielded, text, tmp_path):
+    source, mask = shielded
+    found = {}
+    for name, extra in (("plain", []), ("other", ["--micro-batch-size", "1"]), ("compiled", ["--compile"])):
+        torch._dynamo.utils.counters.clear()
+        train.main(arguments(source, text, tmp_path / name, "--mask", mask, "--precision", "fp32", *more, *extra))
+        found[name] = weights(tmp_path / name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert distance(found["compiled"], found["plain"], source) < 3 * distance(found["other"], found["plain"], source)
+
+
 def test_compact_trains_whole_matrices_beside_frozen_ones(olmo2, chats, text, tmp_path):
     mask = static_mask("hft", olmo2, chats, tmp_path / "mask")
     masked = trained(olmo2, mask, text, tmp_path / "masked", dtype=torch.float64)
