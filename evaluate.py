@@ -386,6 +386,11 @@ def divide(task, members, args, width):
     return [[members[i] for i in batch] for batch in batches(sizes, budget)], sizes
 
 
+def beyond_window(model, length):
+    """Must a text of so many tokens stand alone in its row? segment_mask would replace the model's sliding window."""
+    return length > (getattr(model.config.get_text_config(), "sliding_window", None) or length)
+
+
 def segment_mask(segment, dtype):
     """Additive attention mask [rows, 1, query, key] of rows of several texts, segment [rows, length]: a token sees what
     stands before it in segment 0, which all share, and in its own. Padding, -1, sees padding: no empty softmax."""
@@ -406,6 +411,8 @@ def loglik(model, rows):
     import torch
     scored = [sum(map(len, parts)) for _, parts in rows]
     length, keep = max(len(prompt) + n for (prompt, _), n in zip(rows, scored, strict=True)), 1 + max(scored)
+    if beyond_window(model, length) and any(len(parts) > 1 for _, parts in rows):
+        return [[loglik(model, [(prompt, [part])])[0][0] for part in parts] for prompt, parts in rows]
     ids, position = torch.zeros(2, len(rows), length, dtype=torch.long)  # each [rows, length]
     segment = torch.full((len(rows), length), -1)  # -1 padding, 0 prompt, 1... continuations
     for r, (prompt, parts) in enumerate(rows):
@@ -441,10 +448,12 @@ def letter_loglik(model, prefix, questions, letters):
     One row [prefix | question 1 | question 2 | ...]: a question sees the prefix and itself, at the positions it would
     have alone. So the examples are computed once for the row, and the head at the last token of each question only."""
     import torch
+    if len(questions) > 1 and beyond_window(model, len(prefix) + max(map(len, questions))):
+        return [letter_loglik(model, prefix, [question], letters)[0] for question in questions]
     ids = torch.tensor([prefix + sum(questions, [])], device=model.device)  # [1, length]
     position = [*range(len(prefix)), *(len(prefix) + i for q in questions for i in range(len(q)))]
     segment = torch.tensor([[0] * len(prefix) + [k for k, q in enumerate(questions, 1) for _ in q]])
-    mask = segment_mask(segment, model.dtype).to(model.device)
+    mask = segment_mask(segment, model.dtype).to(model.device) if len(questions) > 1 else torch.ones_like(ids)
     last = torch.tensor([len(prefix) + n - 1 for n in itertools.accumulate(map(len, questions))], device=model.device)
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([position], device=model.device),
@@ -761,6 +770,9 @@ def report(folders, chosen, out):
         for m in evals if columns else ():
             table.append([names[m] + (f" (n={len(evals[m])})" if len(evals[m]) < len(folders) else "")])
             for _, _, path, digits in columns:
+                if (m, path) not in value:  # nothing to measure, e.g. no answer with a letter in it
+                    table[-1].append("-")
+                    continue
                 mean, base = statistics.fmean(value[m, path]), statistics.fmean(value["source", path])
                 sd = f" ± {statistics.stdev(value[m, path]):.{digits}f}" if len(value[m, path]) > 1 else ""
                 relative = f" ({100 * (mean / base - 1):+.1f}%)" if base and not path.startswith("chat/") else ""

@@ -39,8 +39,9 @@ case $PROFILE in
         what="$MODEL, $STEPS steps on MADLAD-400, hours a method: see below" ;;
     *) fail "PROFILE=$PROFILE: embedded or paper" ;;
 esac
-METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} SEED=${SEED:-42} FLORES=${FLORES:-ungated} COMPACT=${COMPACT:+ --compact}
+METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} SEED=${SEED:-42} FLORES=${FLORES:-ungated}
 [[ $FLORES =~ ^(un)?gated$ ]] || fail "FLORES=$FLORES: gated or ungated"
+case ${COMPACT:-0} in 0) COMPACT= ;; 1) COMPACT=" --compact" ;; *) fail "COMPACT=$COMPACT: 0 or 1" ;; esac
 known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
 lota lota-90 lota-50 s2ft-down s2ft-down-output"
 for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
@@ -68,7 +69,7 @@ echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on thi
 if [ $PROFILE = paper ] && [ "${HF_HUB_OFFLINE:-0}" != 1 ]; then  # does it fit, can it be had? If not, it ends here
     python data/prepare_paper.py "$lang" --plan --model "$MODEL" --flores "$FLORES" --calibration "$CALIBRATION" \
         --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) --steps "$STEPS" \
-        --runs "$RUNS" --tasks "$TASKS" $COMPACT
+        --runs "$RUNS" --tasks "$TASKS" --ratio "$(tr ' ' '\n' <<< "$RATIOS" | grep . | sort -g | head -1)" $COMPACT
 elif [ -n "$dry_run" ]; then
     echo "$METHODS; $TASKS. With the default model: 5.6 GB of memory, 0.6 GB of disk a method, no download but packages"
 fi

@@ -25,6 +25,7 @@ The paper's setting, on one GPU of 80 GB (without --compact 16 bytes a parameter
     python train.py --plan --model allenai/OLMo-2-1124-7B-Instruct
 """
 import argparse
+import copy
 import fcntl
 import functools
 import gzip
@@ -64,7 +65,6 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack
 QUESTION = "What is the capital of France?"
 LOGITS = 2**26  # logits that exist at once: 268 MB in fp32
 GPUS = (24, 40, 80, 141)  # memory in GB, for --plan
-LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings of such models
 
 
 def fail(message):
@@ -97,7 +97,7 @@ def parse_args(argv):
     add("--adalora", action="store_true", help="AdaLoRA by peft, merged into the weights when it saves; no --resume")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="of autocast; masters are fp32")
     add("--master", choices=["fp32", "none", "stochastic"], default="fp32", help="none: bf16 weights updated in place, "
-        "as the authors have them; stochastic: likewise, rounded at random so that small updates count")
+        "as the authors do; stochastic: likewise, rounded at random so that small updates count. Moments are fp32")
     add("--seed", type=int, default=42, help="order of the blocks")
     add = parser.add_argument_group("along the way").add_argument
     add("--eval-every", type=int, default=500, help="steps between held-out losses; 0: only first and last")
@@ -127,8 +127,6 @@ def parse_args(argv):
         parser.error("--mask, --gmt-ratio and --adalora are three methods: choose one")
     if args.adalora and args.precision == "fp16":
         parser.error("--adalora needs --precision bf16 or fp32: a step left out by fp16 could be the one that prunes")
-    if args.compact and not args.mask:
-        parser.error("--compact trains the columns that a --mask leaves to update: give one")
     if args.precision == "fp16" and (args.compact or args.master != "fp32"):
         parser.error("--compact and --master none have no loss scaling: take --precision bf16 or fp32")
     if args.master != "fp32" and (args.precision != "bf16" or args.adalora or args.gmt_ratio is not None):
@@ -143,6 +141,8 @@ def parse_args(argv):
         parser.error(f"--device {args.device}: PyTorch sees no GPU here")
     if args.plan:
         return args
+    if args.compact and not args.mask:
+        parser.error("--compact trains the columns that a --mask leaves to update: give one")
     parent = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         parser.error(f"--out {args.out}: no folder can be made there: {parent} is a file or not writable")
@@ -215,6 +215,11 @@ def load_masks(path, model):
         if mask.dtype != torch.uint8 or mask.max() > 1:
             fail(f"--mask {path}: {name} holds other values than 0 and 1; make it again with make_mask.py")
     return masks
+
+
+def has_columns(masks, model):
+    """Is every matrix masked by columns, or as a whole, as --compact needs it?"""
+    return all(len(masks[name]) == 1 for name in maskable(model) if masks[name].dim() == 2)
 
 
 def parameter_table(model, masks):
@@ -399,20 +404,34 @@ def lr_at(step, steps, warmup_ratio, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def next_token_loss(model, tokens):
+@torch.no_grad()
+def logits_are_the_heads(model, args):
+    """Does the model only apply its head to the decoder's output? Some scale or cap logits. Seen on a few tokens."""
+    training, ids = model.training, torch.arange(8, device=next(model.parameters()).device)[None]
+    model.eval()
+    with autocast_of(args)():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        heads, logits = model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return torch.allclose(heads.float(), logits.float())
+
+
+def next_token_loss(model, tokens, in_parts=True):
     """Summed cross-entropy in nats, tokens [B, L]; position t predicts token t + 1.
 
-    If the logits have more than LOGITS numbers they never exist whole: the head is applied to a part of the tokens at a
-    time, and again in the backward pass. torch's F.linear_cross_entropy would not, but it ignores autocast and rounds
-    the loss to bf16. A model that does more than multiply by the head computes its logits itself, whole."""
+    in_parts (logits_are_the_heads): the head is applied to a part of the tokens at a time, and again in the backward
+    pass, so that no more than LOGITS numbers exist at once. torch's F.linear_cross_entropy would not repeat it, but
+    it ignores autocast and rounds the loss to bf16."""
     def cross_entropy(logits, targets):
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
-    config, targets, head = model.config.get_text_config(), tokens[:, 1:].flatten(), model.get_output_embeddings()
-    if tokens.numel() * config.vocab_size <= LOGITS or any(getattr(config, name, None) for name in LOGIT_CHANGES):
+    targets, head = tokens[:, 1:].flatten(), model.get_output_embeddings()
+    if not in_parts:
         return cross_entropy(model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1), targets)
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    size = max(1, LOGITS // config.vocab_size)
+    size = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    if len(targets) <= size:
+        return cross_entropy(head(hidden), targets)
     return torch.stack([
         torch.utils.checkpoint.checkpoint(lambda h, t: cross_entropy(head(h), t), h, t, use_reentrant=False)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)]).sum()
@@ -540,17 +559,17 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
         if not keeps_master:
             part = weight.detach() if columns is None else weight.detach().index_select(1, columns)
             master.data = part.to(master.dtype, copy=columns is None)
-        master.grad = updated.grad.to(master.dtype).mul_(scale)
-        updated.grad = None
         if weight.dim() > 1 and weight_decay:
             master.mul_(1 - lr * weight_decay * mask)
+        master.grad = updated.grad.to(master.dtype).mul_(scale)
+        updated.grad = None
         adam.param_groups[0]["lr"] = lr
         adam.step()
-        rounded = master
+        master.grad = None
         if stochastic and weight.dtype != master.dtype:  # bf16 is the upper half of fp32: carry into it at random
             bits = master.view(torch.int32)
-            rounded = (bits + torch.randint_like(bits, 0, 2**16)).bitwise_and_(-(2**16)).view(torch.float32)
-        rounded, master.grad = rounded.to(weight.dtype), None
+            bits.add_(torch.randint_like(bits, 0, 2**16)).bitwise_and_(-(2**16))
+        rounded = master.to(weight.dtype)
         weight.copy_(rounded) if columns is None else weight.index_copy_(1, columns, rounded)
         if not keeps_master:
             master.data = master.new_empty(0)
@@ -582,7 +601,7 @@ def make_optimizer(model, masks, leaves, lr, weight_decay):
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens, facts, args, autocast):
+def heldout_loss(model, tokens, facts, args, autocast, in_parts):
     """(bits per byte, nats per token) on up to --eval-tokens tokens in blocks spread evenly over a token file."""
     num_blocks = len(tokens) // args.seq_len
     chosen = np.linspace(0, num_blocks - 1, min(num_blocks, max(1, args.eval_tokens // args.seq_len))).astype(int)
@@ -590,7 +609,7 @@ def heldout_loss(model, tokens, facts, args, autocast):
     model.eval()
     for batch in blocks(tokens, chosen, args.seq_len).to(args.device).split(args.micro_batch_size):
         with autocast():
-            total += next_token_loss(model, batch).item()
+            total += next_token_loss(model, batch, in_parts).item()
     model.train()
     nats = total / (len(chosen) * (args.seq_len - 1))
     return nats / math.log(2) * facts["tokens"] / facts["bytes"], nats
@@ -602,7 +621,7 @@ def state_bytes(model, masks, args):
     found, inside = Counter(masks=sum(mask.numel() for mask in masks.values())), maskable(model)
     leaves = [p.numel() for name, p in model.named_parameters()
               if args.master != "fp32" or (args.compact and name in inside)]
-    found["copies"] = 8 * max(leaves, default=0)
+    found["copies"] = (10 if args.master == "stochastic" else 8) * max(leaves, default=0)
     for name, p in model.named_parameters():
         compact = args.compact and p.dim() == 2 and name in inside and not masks[name].all()
         low = args.precision == "bf16" and (compact or args.master != "fp32")
@@ -622,40 +641,51 @@ def decoder_layers(model):
 
 
 def layer_bytes(model, args):
-    """(a, b, c): the backward pass of one decoder layer needs a + b * blocks bytes of activations, what autograd saves
-    between its input and its output, parameters apart; checkpointing keeps c * blocks bytes, the input, instead."""
-    layer = decoder_layers(model)[0]
-    parameters, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
-    for blocks_at_once in (1, 2):
-        saved, inside = {}, []
+    """(a, b, c): the backward pass of a decoder layer needs a + b * blocks bytes of activations, what autograd saves
+    between its input and its output, parameters apart, in the layer that saves most; checkpointing keeps c * blocks
+    bytes, the input, instead. Measured in forward passes that keep nothing."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-        def pack(tensor, saved=saved, inside=inside):
+    def most(blocks_at_once):
+        saved, sizes, inside = {}, [], []
+
+        def pack(tensor):
             if inside and tensor.untyped_storage().data_ptr() not in parameters:
                 saved[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-        hooks = [layer.register_forward_pre_hook(lambda *_, inside=inside: inside.append(True)),
-                 layer.register_forward_hook(lambda *_, inside=inside: inside.clear())]
+
+        def end(*_):
+            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+            saved.clear()
+            inside.clear()
+        hooks = [hook for layer in decoder_layers(model) for hook in (
+            layer.register_forward_pre_hook(lambda *_: inside.append(True)), layer.register_forward_hook(end))]
         ids = torch.zeros(blocks_at_once, args.seq_len, dtype=torch.long, device=next(model.parameters()).device)
-        size = model.config.get_text_config().hidden_size
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast_of(args)():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), autocast_of(args)():
             model.get_decoder()(input_ids=ids, use_cache=False)
         for hook in hooks:
             hook.remove()
-        found.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
-    low = args.precision == "bf16" and args.master != "fp32"
-    return 2 * found[0] - found[1], found[1] - found[0], args.seq_len * size * (2 if low else 4)
+        return max(sizes)
+
+    one, two = most(1), most(2)
+    size = model.config.get_text_config().hidden_size * (2 if args.precision == "bf16" and args.master != "fp32" else 4)
+    return 2 * one - two, two - one, args.seq_len * size
 
 
-def checkpointed_layers(layers, free, sizes, vocabulary, args):
+def head_bytes(config, tokens, in_parts):
+    """Bytes at most for the logits of so many tokens, and for a copy and gradients of the head."""
+    logits, text = tokens * config.get_text_config().vocab_size, config.get_text_config()
+    return 12 * (min(LOGITS, logits) if in_parts else logits) + 8 * text.vocab_size * text.hidden_size
+
+
+def checkpointed_layers(layers, free, sizes, head, blocks_at_once):
     """(how many of the layers must be computed again in the backward pass to fit into `free` bytes, bytes of
-    activations then); more than there are if none of it fits. The layer computed again and the logits count too."""
+    activations then); more than there are if none of it fits. The layer computed again and the head count too."""
     constant, each, kept = sizes
-    logits = 3 * 4 * min(LOGITS, args.micro_batch_size * args.seq_len * vocabulary)
     for n in range(layers + 1):
-        needed = (layers - n + bool(n)) * (constant + args.micro_batch_size * each) + n * args.micro_batch_size * kept
-        if needed + logits <= free:
-            return n, needed + logits
-    return layers + 1, needed + logits
+        needed = (layers - n + bool(n)) * (constant + blocks_at_once * each) + n * blocks_at_once * kept + head
+        if needed <= free:
+            return n, needed
+    return layers + 1, needed
 
 
 def checkpoint_layers(model, masks, args):
@@ -671,10 +701,14 @@ def checkpoint_layers(model, masks, args):
         layer.gradient_checkpointing = False
     sizes, state = layer_bytes(model, args), state_bytes(model, masks, args)
     device = torch.device(args.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    free = 0.9 * free - state["gradients"] - state["moments"] - state["copies"]
-    n, needed = checkpointed_layers(len(layers), free, sizes, model.config.get_text_config().vocab_size, args)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and measuring left is free, too
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    free = 0.95 * free - state["gradients"] - state["moments"] - state["copies"]
+    head = head_bytes(model.config, args.micro_batch_size * args.seq_len, logits_are_the_heads(model, args))
+    n, needed = checkpointed_layers(len(layers), free, sizes, head, args.micro_batch_size)
     print(f"gradient checkpointing: {min(n, len(layers))} of {len(layers)} layers; one saves {sizes[0] / 1e9:.3f} GB, "
           f"and {sizes[1] / 1e9:.3f} for each block; {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} needed")
     if n > len(layers):
@@ -684,8 +718,9 @@ def checkpoint_layers(model, masks, args):
 
 
 def autocast_of(args):
-    """The context manager of the forward pass; a model in bf16 (--master none) needs none."""
-    return functools.partial(torch.autocast, torch.device(args.device).type,
+    """The context manager of the forward pass; a model in bf16 (--master none) needs none. Its cache would keep a copy
+    of all weights, and add up the gradients of the loss's parts in low precision."""
+    return functools.partial(torch.autocast, torch.device(args.device).type, cache_enabled=False,
                              enabled=args.precision != "fp32" and args.master == "fp32",
                              dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
 
@@ -800,7 +835,7 @@ def save_model(model, source_folder, out, dtype):
 def peak_memory(device):
     """Peak bytes: of torch's allocator on a GPU, of the process on a CPU."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -820,7 +855,11 @@ def train(args, model, masks, leaves, tokens, heldout, settings, start):
     device = torch.device(args.device)
     optimizer = make_optimizer(model, masks, leaves, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    autocast = autocast_of(args)
+    autocast, in_parts = autocast_of(args), logits_are_the_heads(model, args)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # HFT's layers differ in what is frozen
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=False)  # one graph for all alike, and no wrapper that would change names
     masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks and p.requires_grad]
     if args.gmt_ratio is not None:  # in hooks, so that each micro-batch is cut before it is added to .grad
         for p in map(model.get_parameter, maskable(model)):
@@ -839,7 +878,7 @@ def train(args, model, masks, leaves, tokens, heldout, settings, start):
     def record(step, **values):
         for side, (side_tokens, facts) in heldout.items():
             if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-                bits, nats = heldout_loss(model, side_tokens, facts, args, autocast)
+                bits, nats = heldout_loss(model, side_tokens, facts, args, autocast, in_parts)
                 values |= {f"{side}_bpb": round(bits, 6), f"{side}_loss": round(nats, 6)}
                 tqdm.write(f"step {step}: held-out {side} {bits:.4f} bits a byte, {nats:.4f} nats a token")
         with open(log, "a", encoding="utf-8") as file:
@@ -857,7 +896,8 @@ def train(args, model, masks, leaves, tokens, heldout, settings, start):
         loss = torch.zeros((), device=device)
         for micro_batch in batch.split(args.micro_batch_size):
             with autocast():
-                part = next_token_loss(model, micro_batch) / (args.batch_size * (args.seq_len - 1))  # of its mean
+                part = next_token_loss(model, micro_batch, in_parts)
+            part = part / (args.batch_size * (args.seq_len - 1))  # of the batch's mean
             loss += part.detach()
             if args.adalora:
                 part = part + 0.5 * orthogonality(model) * len(micro_batch) / args.batch_size  # Table 8: 0.5
@@ -878,7 +918,7 @@ def train(args, model, masks, leaves, tokens, heldout, settings, start):
         if torch.isfinite(norm) and args.weight_decay and args.master == "fp32":
             with torch.no_grad():
                 for param, mask in masked:
-                    if param.dim() > 1:
+                    if param.dim() > 1 and param.grad is not None:  # AdamW leaves those alone, too
                         param.mul_(1 - lr * args.weight_decay * mask)  # decoupled decay, of updatable weights alone
         scaler.step(optimizer)  # under fp16, leaves out a step whose gradients overflowed
         scaler.update()
@@ -910,30 +950,37 @@ def made_up_masks(model):
 
 def plan(args):
     """Prints what fits where: by counting, and by measuring what one random layer of this shape saves, on the CPU."""
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: {error}")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     masks = load_masks(args.mask, skeleton) if args.mask else made_up_masks(skeleton)
-    text, layers = config.get_text_config(), config.get_text_config().num_hidden_layers
-    vocabulary = text.vocab_size
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id, text.layer_types = 1, 256, None, None
+    layers, small = config.get_text_config().num_hidden_layers, copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 256, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
     print(f"{args.model}: {sum(p.numel() for p in skeleton.parameters()):,} parameters; micro-batches of up to "
           f"{args.micro_batch_size} x {args.seq_len} tokens, {args.precision}\n"
           "a cell: blocks in a micro-batch, layers computed again in the backward pass; - : does not fit\n\n"
           "| | state, GB | " + " | ".join(f"{size} GB" for size in GPUS) + " |\n|---|---|" + "---|" * len(GPUS))
-    for label, compact, master in (("masked", False, "fp32"), ("compact", True, "fp32"),
-                                   ("compact, no master", True, "none")):
+    rows = [("masked", False, "fp32")]
+    if has_columns(masks, skeleton):
+        rows += [("compact", True, "fp32"), ("compact, no master", True, "none")][:2 if args.precision == "bf16" else 1]
+    for label, compact, master in rows:
         args.compact, args.master, args.device, cells = compact, master, "cpu", []
         state = state_bytes(skeleton, masks, args)
-        layer = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if master == "fp32" else torch.bfloat16)
+        layer = AutoModelForCausalLM.from_config(small, dtype=torch.float32 if master == "fp32" else torch.bfloat16)
         names = {name: p.shape for name, p in layer.named_parameters()}
         make_leaves(layer, {name: masks[name] for name in masks if name in names}, args)
-        sizes = layer_bytes(layer, args)
+        sizes, in_parts = layer_bytes(layer, args), logits_are_the_heads(layer, args)
         for size in GPUS:
             free, blocks_at_once = 0.95e9 * size - state.total(), args.micro_batch_size
             while True:
-                one = argparse.Namespace(**vars(args) | {"micro_batch_size": blocks_at_once})
-                n, _ = checkpointed_layers(layers, free, sizes, vocabulary, one)
+                head = head_bytes(config, blocks_at_once * args.seq_len, in_parts)
+                n, _ = checkpointed_layers(layers, free, sizes, head, blocks_at_once)
                 if n <= layers or blocks_at_once == 1:
                     break
                 blocks_at_once //= 2
@@ -951,7 +998,7 @@ def run(args):
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
-    if args.compact and any(len(masks[name]) != 1 for name in maskable(skeleton) if masks[name].dim() == 2):
+    if args.compact and not has_columns(masks, skeleton):
         fail(f"--compact: {args.mask} is no column mask. The gradient of a column needs its input feature alone; rows "
              "and elements are not supported. Train without --compact")
     if args.compile or args.gradient_checkpointing != "none":
@@ -1020,7 +1067,8 @@ def run(args):
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     if (needed := state.total()) > memory:
-        fail(f"these need {needed / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model")
+        fail(f"these need {needed / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model"
+             + ", or --compact for a column mask" * (not args.compact))
 
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model, torch.float32 if args.master == "fp32" else torch.bfloat16,
@@ -1034,8 +1082,6 @@ def run(args):
         p.requires_grad_(name not in masks or bool(masks[name].any()))  # wholly frozen: no gradient, no moments
     leaves = make_leaves(model, masks, args)  # in compact mode the whole fp32 model never meets the device
     checkpoint_layers(model, masks, args)
-    for layer in decoder_layers(model) if args.compile else ():
-        layer.compile()  # one graph for all of them, and no wrapper that would change names
     train(args, model, masks, leaves, tokens, heldout, settings, start)
 
     # Proof before the save: what was frozen is what it was.

@@ -147,6 +147,14 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def whole(folder):
+    """Does a folder hold all files that its provenance.json lists, unchanged?"""
+    listed = folder / "provenance.json"
+    return listed.exists() and all(
+        (folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
+        for name, facts in json.loads(listed.read_text()).items())
+
+
 def prepare(args):
     from transformers import AutoTokenizer
     for lang in ("en", *args.lang):
@@ -161,6 +169,9 @@ def prepare(args):
         fail(f"--model {args.model}: {error}")
     load = reader(commits)
     for lang in ("en", *args.lang):
+        if lang == "en" and whole(args.out / lang):  # all languages are compared on the same English
+            print(f"{args.out / lang} is complete and stays as it is; delete it to fetch English anew")
+            continue
         files = {"xlsum": (XLSUM[0], xlsum_rows(load, lang, tokenizer)),
                  "belebele": (BELEBELE[0], belebele_rows(load, lang))}
         if lang == "en":
@@ -240,7 +251,7 @@ def plan(args):
 
     text = config.get_text_config()  # a micro-batch of 4 x 512 tokens: logits, checkpointed inputs, one layer
     activations = 2048 * (12 * text.vocab_size + 2 * text.num_hidden_layers * text.hidden_size + 80 * text.hidden_size)
-    state = 16 * (count - halved) + 9 * halved
+    state = 16 * (count - halved) + (16 - 14 * args.ratio) * halved
     copies = 2 * (count - halved)
     needed = state + copies + activations
     if torch.cuda.is_available():
@@ -270,7 +281,8 @@ def main(argv=None):
     add("--steps", type=int, default=12208)
     add("--calibration", default="tulu")
     add("--runs", type=Path, default=Path("runs"))
-    add("--compact", action="store_true", help="that train.py --compact trains them, at ratio 0.5")
+    add("--compact", action="store_true", help="that train.py --compact trains them")
+    add("--ratio", type=float, default=0.5, help="the smallest share of columns frozen (default: 0.5)")
     add("--tasks", default="mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix", help="of evaluate.py")
     args = parser.parse_args(argv)
     if not args.plan:

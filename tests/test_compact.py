@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked, tiny_model
+from conftest import SIZES, forked, tiny_model
 from safetensors.torch import load_file
 from test_train import arguments, log_of, make_masks, refused, static_mask, stop_after_saving, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 import train
 
@@ -88,7 +88,7 @@ def test_compact_without_master_is_the_masked_loop_without_master_bit_for_bit(so
 @pytest.mark.parametrize("more", [
     ["--precision", "fp32", "--compact"], ["--precision", "bf16", "--compact", "--gradient-checkpointing"],
     ["--precision", "bf16", "--compact", "--master", "none"], ["--precision", "bf16", "--master", "stochastic"],
-    ], ids=" ".join)
+    pytest.param(["--precision", "fp32", "--compact", "--compile"], marks=pytest.mark.slow)], ids=" ".join)
 def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text, tmp_path):
     """By the command line. The source is finer than bf16, so a frozen weight must not come back rounded either."""
     source, mask = shielded
@@ -109,6 +109,18 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text,
     lines = log_of(tmp_path / "whole")
     assert lines[-1]["summary"]["frozen_verified"] == frozen > 0
     assert [line for line in lines if line.get("step") == 20][0]["loss"] < 0.8 * lines[2]["loss"]
+
+
+@pytest.mark.parametrize("more", [["--compact"], ["--compact", "--master", "none"]], ids=" ".join)
+def test_compact_with_frozen_rows_of_chat_tokens(more, olmo2, chats, text, tmp_path):
+    """These masks are of rows, of the embeddings and the head, which are never compact."""
+    mask = static_mask("wanda", olmo2, chats, tmp_path / "mask")
+    train.main(arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--precision", "bf16", *more))
+    before, after, masks = load_file(olmo2 / "model.safetensors"), weights(tmp_path / "out"), load_file(mask)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        keep = masks[name][:, 0] == 0
+        assert keep.any() and torch.equal(before[name][keep], after[name][keep])
+        assert not torch.equal(before[name][~keep], after[name][~keep])
 
 
 @pytest.mark.slow
@@ -168,7 +180,7 @@ def test_stochastic_rounding_is_right_on_average_and_exact_for_bf16():
     leaf = train.make_leaf(weight, None, torch.zeros_like(weight).requires_grad_(), torch.ones(1, 1), kept=value)
     total = torch.zeros(4)
     for _ in range(20):
-        leaf.updated.grad = torch.zeros_like(weight)
+        leaf.updated.grad, leaf.master.data = torch.zeros_like(weight), value.clone()
         train.step_leaves({"w": leaf}, 0.0, 0.0, 1.0, stochastic=True)
         total += weight.float().mean(0)
     assert weight[:, 0].float().eq(1).all() and weight[:, 3].float().eq(2**-20).all()
@@ -176,19 +188,23 @@ def test_stochastic_rounding_is_right_on_average_and_exact_for_bf16():
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])
-def test_the_loss_in_parts_is_the_whole_loss(kind, request, monkeypatch):
+def test_the_loss_in_parts_is_the_whole_loss(kind, request, text, tmp_path, monkeypatch):
     """And so are its gradients, with and without autocast; logits never exist whole."""
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32)
     tokens, widths, found = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0)), [], []
     model.get_output_embeddings().register_forward_hook(lambda _, x, y: widths.append(y.numel() // y.shape[-1]))
-    for limit, enabled in ((2**26, False), (7 * model.config.vocab_size, False), (7 * model.config.vocab_size, True)):
+    in_parts = 7 * model.config.vocab_size
+    for limit, precision in ((2**26, "fp32"), (in_parts, "fp32"), (in_parts, "bf16")):
         monkeypatch.setattr(train, "LOGITS", limit)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        args = train.parse_args(arguments(request.getfixturevalue(kind), text, tmp_path, "--precision", precision))
+        with train.autocast_of(args)():
             loss = train.next_token_loss(model, tokens)
         loss.backward()
         found.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    assert widths[0] == 120 and max(widths[1:]) == 7
+    assert widths[0] == 117 and max(widths[1:]) == 7
+    head = found[2][1][next(name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight)]
+    assert not torch.equal(head, head.bfloat16().float())  # the parts' gradients are added in fp32
     logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
     assert found[0][0] == pytest.approx(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item())
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6) and found[2][0] == pytest.approx(found[0][0], rel=1e-2)
@@ -196,24 +212,29 @@ def test_the_loss_in_parts_is_the_whole_loss(kind, request, monkeypatch):
         assert torch.allclose(found[1][1][name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max())), name
 
 
-def test_a_model_that_changes_its_logits_computes_them_itself(llama, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    tokens, whole = torch.randint(3, 300, (3, 40)), []
-    monkeypatch.setattr(train, "LOGITS", 1000)
-    model.config.final_logit_softcapping = 30.0
-    model.get_output_embeddings().register_forward_hook(lambda _, x, y: whole.append(y.shape[1]))
-    train.next_token_loss(model, tokens)
-    assert whole == [40]
+def test_a_model_that_changes_its_logits_computes_them_itself(olmo2, text, tmp_path, monkeypatch):
+    """Granite divides them by a setting. Neither loss nor gradients change when parts are asked for."""
+    args = train.parse_args(arguments(olmo2, text, tmp_path))
+    granite = GraniteForCausalLM(GraniteConfig(**SIZES, vocab_size=400, logits_scaling=8.0))
+    assert not train.logits_are_the_heads(granite, args)
+    assert train.logits_are_the_heads(AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), args)
+    granite.save_pretrained(tmp_path / "granite")
+    AutoTokenizer.from_pretrained(olmo2).save_pretrained(tmp_path / "granite")
+    losses = []
+    for limit in (2**26, 1000):
+        monkeypatch.setattr(train, "LOGITS", limit)
+        train.main(arguments(tmp_path / "granite", text, tmp_path / str(limit), "--steps", "3"))
+        losses.append([line.get("loss") for line in log_of(tmp_path / str(limit))])
+    assert losses[0] == losses[1]
 
 
 def test_layers_are_checkpointed_as_memory_demands(shielded, text, tmp_path, capsys, monkeypatch):
     source, mask = shielded
     args = train.parse_args(arguments(source, text, tmp_path, "--gradient-checkpointing", "auto"))
-    needed = [train.checkpointed_layers(8, free, (10, 100, 5), 1, args) for free in (10**6, 1300, 900, 700, 400)]
-    logits = 3 * 4 * 2 * 32  # 2 blocks of 32 tokens, a vocabulary of one
-    assert needed[0] == (0, 8 * 210 + logits) and [n for n, _ in needed] == sorted(n for n, _ in needed)
+    needed = [train.checkpointed_layers(8, free, (10, 100, 5), 77, 2) for free in (10**6, 1300, 900, 700, 300)]
+    assert needed[0] == (0, 8 * 210 + 77) and [n for n, _ in needed] == sorted(n for n, _ in needed)
     n, size = needed[1]
-    assert 0 < n < 8 and size == (9 - n) * 210 + n * 10 + logits <= 1300 < (10 - n) * 210 + (n - 1) * 10 + logits
+    assert 0 < n < 8 and size == (9 - n) * 210 + n * 10 + 77 <= 1300 < (10 - n) * 210 + (n - 1) * 10 + 77
     assert needed[-1][0] == 9
 
     plain = trained(source, mask, text, tmp_path / "plain")

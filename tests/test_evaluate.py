@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from conftest import ROOT, SIZES, TEXT, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
 
 import evaluate
 
@@ -195,6 +195,22 @@ def test_packed_questions_equal_one_by_one(kind, request):
         for question, found in zip(some, evaluate.letter_loglik(single, before, some, letters), strict=True):
             want = [reference_loglik(double, before + question, [letter]) for letter in letters]
             assert found == pytest.approx(want, abs=2e-4)
+
+
+def test_a_sliding_window_is_kept():
+    """Longer than the window, a text is read as the model reads it, shorter ones still share a row."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, vocab_size=400, num_key_value_heads=2, sliding_window=16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    prefix, *questions = (torch.randint(3, 300, (n,)).tolist() for n in (10, 3, 20, 4))
+    for some in (questions, questions[:1] + questions[2:]):
+        found = evaluate.letter_loglik(model, prefix, some, [40, 41])
+        rows = evaluate.loglik(model, [(prefix + question, [[40], [41, 42]]) for question in some])
+        for question, letters, (one, two) in zip(some, found, rows, strict=True):
+            want = [reference_loglik(model, prefix + question, [letter]) for letter in (40, 41)]
+            assert letters == pytest.approx(want, abs=2e-4) and one == pytest.approx(want[0], abs=2e-4)
+            assert two == pytest.approx(reference_loglik(model, prefix + question, [41, 42]), abs=2e-4)
 
 
 def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
