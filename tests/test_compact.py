@@ -104,7 +104,8 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text,
         keep = masks[name].expand(weight.shape) == 0 if name in masks else torch.zeros_like(weight, dtype=torch.bool)
         assert torch.equal(weight[keep], after[name][keep]), name
         if "embed" not in name:  # tokens that do not occur get no gradient, and decay alone is lost in bf16
-            assert (weight[~keep] != after[name][~keep]).float().mean() > 0.9, name
+            moved = (weight[~keep] != after[name][~keep]).float().mean()
+            assert moved > (0.5 if "none" in more else 0.9), name  # without a master, rounding undoes small updates
         frozen += int(keep.sum())
     lines = log_of(tmp_path / "whole")
     assert lines[-1]["summary"]["frozen_verified"] == frozen > 0
