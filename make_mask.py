@@ -74,9 +74,18 @@ def parse_args(argv):
         args.ratio = 0.985 if (args.method or "").startswith("s2ft") else 0.5
     if not 0 <= args.ratio <= 1:
         parser.error(f"--ratio {args.ratio}: must lie between 0 (nothing frozen) and 1 (all scored parameters frozen)")
-    if args.scores and args.out.absolute() == args.scores.absolute():
-        parser.error("--out is the scores file: name another one")
+    if args.out.is_dir() or (args.out.exists() and format_of(args.out) != "ssu-mask"):
+        parser.error(f"--out {args.out}: is there already, and is no mask file; choose another name")
     return args
+
+
+def format_of(path):
+    """What the metadata of a safetensors file call it; None for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
+        return None
 
 
 def load_skeleton(model):
@@ -193,7 +202,7 @@ def s2ft_masks(model, ratio, seed, output):
         if name.endswith("down_proj.weight") and p.dim() == 2:
             chosen = rng.sample(range(d_in), int(share * d_in + 1e-6))
         elif name.endswith("o_proj.weight") and output:
-            heads = model.config.num_attention_heads
+            heads = model.config.get_text_config().num_attention_heads
             size = d_in // heads
             chosen = [head * size + i for head in rng.sample(range(heads), max(1, round(share * heads)))
                       for i in range(size)]

@@ -39,7 +39,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -89,27 +90,41 @@ def parse_args(argv):
         parser.error("--method sparsegpt gives all rows of a matrix the same score: choose --axis column or element")
     if min(args.num_samples, args.seq_len - (args.method == "fim"), args.batch_size) < 1:
         parser.error("--num-samples, --seq-len and --batch-size must be at least 1, --seq-len at least 2 for fim")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: PyTorch sees no GPU here")
+    devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device not in devices or (args.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: must be cpu or cuda, and PyTorch sees {len(devices) - 2} GPUs here")
     parent = next(folder for folder in args.out.absolute().parents if folder.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    if not writable or args.out.is_dir() or (args.data and args.out == Path(args.data)):
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or args.out.is_dir():
         parser.error(f"--out {args.out}: cannot be written there")
+    if args.out.exists() and format_of(args.out) != "ssu-scores":
+        parser.error(f"--out {args.out}: is there already, and is no file of scores; choose another name")
     return args
 
 
+def format_of(path):
+    """What the metadata of a safetensors file call it; None for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
+        return None
+
+
 def load_config(model, flag="--model"):
-    """(config, tokenizer) of a local folder or hub model; refuses what is missing or quantised. Reads no weight."""
+    """(the model on the meta device, without weights; its tokenizer) of a local folder or hub model. Raises
+    SystemExit(2) for what is missing, quantised or no causal language model."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         fail(f"{flag} {model}: no such folder")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            fail(f"{flag} {model}: quantised weights cannot be scored; give the unquantised model")
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         fail(f"{flag} {model}: {error}")
-    if getattr(config, "quantization_config", None):
-        fail(f"{flag} {model}: quantised weights cannot be scored; give the unquantised model")
-    return config, tokenizer
+    return skeleton, tokenizer
 
 
 def read_rows(path):
@@ -173,7 +188,7 @@ def load_model(model, device, dtype):
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True,
                                                             trust_remote_code=False, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: shapes that are not those of config.json
         fail(f"{model}: {error}")
     if info["missing_keys"]:
         fail(f"{model}: its files lack {sorted(info['missing_keys'])[:3]}")
@@ -187,13 +202,20 @@ def is_chat(messages):
 
 
 def row_ids(row, tokenizer):
-    """Token ids of one row: chats go through the model's own chat template, plain text ends with end-of-text."""
+    """Token ids of one row: chats go through the model's own chat template, plain text ends with end-of-text.
+
+    Raises SystemExit(2) for a chat that the template refuses, and for plain text without an end-of-text token."""
     if not row.get("messages") and row.get("instruction") and row.get("output") is not None:
         prompt = row["instruction"] + (f"\n\nInput: {row['input']}" if row.get("input") else "")
         row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]}
     if row.get("messages"):
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        except TemplateError as error:  # a system turn, for instance
+            fail(f"the model's chat template refuses {str(row['messages'])[:200]} ({error}): leave such rows out")
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
+    if tokenizer.eos_token_id is None:
+        fail("the tokenizer has no end-of-text token (eos_token) to put after plain text: set it, or give chats")
     return tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
 
 
@@ -397,13 +419,18 @@ def write_atomically(path, write):
 
 def main(argv=None):
     args = parse_args(argv)
-    config, tokenizer = load_config(args.model)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton, tokenizer = load_config(args.model)
     owners = scored_parameters(skeleton)
     matrices = sum(skeleton.get_parameter(name).dim() == 2 for name in owners)
+    if args.adapted and fingerprint(load_config(args.adapted, "--adapted")[0]) != fingerprint(skeleton):
+        fail(f"--adapted {args.adapted}: its parameters are not those of {args.model}")
+    if len(tokenizer) > (rows := skeleton.get_input_embeddings().num_embeddings):
+        fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {rows:,} rows")
     if args.method == "sparsegpt" and any(name.endswith("bias") for name in owners):
         fail(f"--method sparsegpt: {args.model} has biases, whose input is the constant 1: nothing ranks them")
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or args.seq_len
+    if args.method in CALIBRATED and args.seq_len > context:
+        fail(f"--seq-len {args.seq_len}: {args.model} was made for {context} tokens at most")
     print(f"{args.method} scores of {args.model}, one for each {args.axis}: {matrices} matrices, "
           f"{len(owners) - matrices} norm weights and biases; embeddings and LM head are not scored")
 
@@ -413,18 +440,14 @@ def main(argv=None):
         short = "" if len(tokens) == args.num_samples else f" (asked: {args.num_samples}; the data hold no more)"
         print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens{short}, {args.data}")
         print(f"first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
-    if args.adapted:
-        load_config(args.adapted, "--adapted")
 
     auto = "bfloat16" if args.device.startswith("cuda") and args.method != "delta" else "float32"
     dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
-    model = load_model(args.model, args.device, dtype)
+    model = skeleton if args.method == "random" else load_model(args.model, args.device, dtype)
     owners = scored_parameters(model)
     adapted = load_model(args.adapted, args.device, dtype) if args.adapted else model
-    if fingerprint(adapted) != fingerprint(model):
-        fail(f"--adapted {args.adapted}: its parameters are not those of {args.model}")
     if args.method == "random":
-        shapes = {name: along(args.axis, skeleton.get_parameter(name)).shape for name in owners}
+        shapes = {name: along(args.axis, model.get_parameter(name)).shape for name in owners}
         scores = {name: random_scores(name, shape, args.seed) for name, shape in shapes.items()}
     elif args.method == "fim":
         scores = fisher_scores(model, owners.keys(), tokens, args.axis)

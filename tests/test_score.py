@@ -1,10 +1,11 @@
 """score.py against an independent float64 reference, and what it refuses."""
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from conftest import MODELS, SIZES, forked, limit_file_size, tiny_model, tiny_tokenizer, write_jsonl
+from conftest import MODELS, SIZES, TEXT, forked, limit_file_size, tiny_model, tiny_tokenizer, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -230,14 +231,15 @@ def test_quantised_model_is_refused(olmo2, chats, tmp_path, capsys):
 def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text(content)
-    assert message in refused(capsys, "--model", olmo2, "--data", data, "--out", tmp_path / "o/s")
+    assert message in refused(capsys, "--model", olmo2, "--data", data, "--out", tmp_path / "o/s", "--seq-len", 64)
     assert not (tmp_path / "o").exists()
 
 
 def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
     out = tmp_path / "s.safetensors"
     assert "no such folder" in refused(capsys, "--model", "./nowhere", "--data", chats, "--out", out)
-    assert "no such file" in refused(capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out)
+    assert "no such file" in refused(capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out,
+                                   "--seq-len", 64)
     assert "invalid choice" in refused(capsys, "--model", olmo2, "--data", chats, "--out", out, "--method", "best")
     for method in ("wanda", "sparsegpt", "fim"):
         assert "add --data" in refused(capsys, "--model", olmo2, "--out", out, "--method", method)
@@ -256,7 +258,49 @@ def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     argv = ["--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude"]
     assert "cannot be written" in refused(capsys, *argv)
+    assert "made for 512 tokens" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats)
+    for device in ("gpu", "mps", "cuda:99"):
+        assert "must be cpu or cuda" in refused(capsys, *argv[:3], out, "--method", "magnitude", "--device", device)
     assert not out.exists()
+
+
+def test_nothing_is_overwritten_but_scores_and_masks(olmo2, chats, tmp_path, capsys, monkeypatch):
+    """Not the calibration text, the model or the scores, whatever name they are called by."""
+    monkeypatch.chdir(tmp_path)
+    model, data, scores = tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "scores"
+    shutil.copytree(olmo2, model)
+    shutil.copy(chats, data)
+    run(olmo2, chats, scores)
+    before = {path: path.read_bytes() for path in (model / "model.safetensors", data, scores)}
+    for out in ("chats.jsonl", "model/model.safetensors"):
+        assert "no file of scores" in refused(capsys, "--model", model, "--data", data, "--seq-len", 32, "--out", out)
+    for out in ("chats.jsonl", "model/model.safetensors", "model/../scores", "."):
+        with pytest.raises(SystemExit) as error:
+            make_mask.main(["--scores", str(scores), "--out", out])
+        assert error.value.code == 2 and "no mask file" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(olmo2, chats, tmp_path, capsys):
+    argv = ["--data", chats, "--seq-len", 32, "--out", tmp_path / "s"]
+
+    def with_config(**change):
+        shutil.copytree(olmo2, tmp_path / "m", dirs_exist_ok=True)
+        config = json.loads((olmo2 / "config.json").read_text()) | change
+        (tmp_path / "m/config.json").write_text(json.dumps(config))
+        return ["--model", tmp_path / "m", *argv]
+    assert "its embeddings 100 rows" in refused(capsys, *with_config(vocab_size=100))
+    assert "T5" in refused(capsys, *with_config(model_type="t5"))
+    assert "mismatch" in refused(capsys, *with_config(intermediate_size=40))
+    with_config()
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "no such role" in refused(capsys, "--model", tmp_path / "m", *argv)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "m")
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": TEXT[0]}])
+    assert "no end-of-text token" in refused(capsys, "--model", tmp_path / "m", *argv[2:], "--data", text)
 
 
 def test_full_disk(olmo2, chats, tmp_path):
