@@ -174,16 +174,19 @@ def test_hft_at_other_ratios(ratio, deep, tmp_path):
         assert sum(counts) == int(ratio * n * 10) and max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("ratio,channels,heads", [(0.9, 5, 1), (0.5, 25, 2)])
 @pytest.mark.parametrize("output", [False, True])
-def test_s2ft_trains_exactly_the_expected_parameters(output, deep, tmp_path):
-    masks = masks_of("s2ft-down-output" if output else "s2ft-down", deep["llama"], tmp_path / "m", "--ratio", 0.9)
+def test_s2ft_trains_exactly_the_expected_parameters(output, ratio, channels, heads, tmp_path):
+    """1 - 0.9 is less than 0.1, but a tenth of 50 channels is five of them."""
+    model = tiny_model(tmp_path / "model", "llama", num_hidden_layers=10, intermediate_size=50)
+    masks = masks_of("s2ft-down-output" if output else "s2ft-down", model, tmp_path / "m", "--ratio", ratio)
     shapes = json.loads(safe_open(tmp_path / "m", "pt").metadata()["shapes"])
     assert masks.keys() == shapes.keys()  # embeddings and head too
     for name, mask in masks.items():
         if "down_proj" in name:
-            assert mask.shape == (1, 48) and mask.sum() == int(0.1 * 48)
-        elif "o_proj" in name and output:  # one head of four, its 8 columns
-            assert mask.shape == (1, 32) and sorted(mask.view(4, 8).sum(1).tolist()) == [0, 0, 0, 8]
+            assert mask.shape == (1, 50) and mask.sum() == channels
+        elif "o_proj" in name and output:  # of four heads, each with 8 columns
+            assert mask.shape == (1, 32) and sorted(mask.view(4, 8).sum(1).tolist()) == [0] * (4 - heads) + [8] * heads
         else:
             assert mask.numel() == 1 and mask.item() == 0
     chosen = {tuple(mask.flatten().tolist()) for name, mask in masks.items() if "down_proj" in name}
@@ -212,6 +215,8 @@ def test_a_template_without_a_system_turn(tmp_path):
                                + tokenizer.chat_template)
     assert make_mask.chat_token_ids(tokenizer) == sorted(set(tokenizer(
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")["input_ids"]))
+    tokenizer.chat_template += "{% if add_generation_prompt %}<|endoftext|>{% endif %}"
+    assert tokenizer("<|endoftext|>")["input_ids"][0] in make_mask.chat_token_ids(tokenizer)
 
 
 def test_jaccard_of_columns_rows_and_whole_matrices():
