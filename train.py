@@ -10,7 +10,8 @@ cut into blocks of --seq-len tokens.
 
 --compact gives the same updates for less: a frozen column needs no gradient, no master and no moments. Its matrix stays
 in bf16 as the forward pass reads it, and only the updatable columns have the rest, in fp32. --master none trains bf16
-weights in place, which the authors do; most small updates are then lost in rounding, so it is another experiment.
+weights in place, as the authors do (their moments are bf16, too; these are fp32). Most small updates are then lost in
+rounding, so it is another experiment.
 
 Before it saves, it compares every frozen weight with the source model, bit by bit. --save-every N writes a checkpoint;
 the same command with --resume then goes on to the very bits (on a CPU) that a run without interruption would give.
@@ -51,6 +52,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -63,8 +65,8 @@ MADLAD = "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"  # --d
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ends a document; a chat turn may end otherwise
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 QUESTION = "What is the capital of France?"
-LOGITS = 2**26  # logits that exist at once: 268 MB in fp32
-GPUS = (24, 40, 80, 141)  # memory in GB, for --plan
+LOGITS = 2**28  # logits that exist at once: 1 GiB in fp32
+GPUS = {24: 23, 40: 39, 80: 78, 141: 139}  # for --plan: GB by name, GiB that PyTorch finds free
 
 
 def fail(message):
@@ -93,11 +95,12 @@ def parse_args(argv):
     add("--warmup-ratio", type=float, default=0.05, help="share of the steps with rising learning rate")
     add("--weight-decay", type=float, default=0.01, help="decoupled; not on frozen weights, norms and biases")
     add("--max-grad-norm", type=float, default=1.0, help="global norm, after masking; 0: no clipping")
-    add("--gmt-ratio", type=float, help="GMT: share of each matrix's gradient dropped in a micro-batch (paper: 0.5)")
+    add("--gmt-ratio", type=float, help="GMT: share of each matrix's gradient dropped in a micro-batch (paper: 0.5, in "
+        "4 micro-batches: --micro-batch-size 8)")
     add("--adalora", action="store_true", help="AdaLoRA by peft, merged into the weights when it saves; no --resume")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="of autocast; masters are fp32")
     add("--master", choices=["fp32", "none", "stochastic"], default="fp32", help="none: bf16 weights updated in place, "
-        "as the authors do; stochastic: likewise, rounded at random so that small updates count. Moments are fp32")
+        "as the authors do; stochastic: likewise, rounded at random so that small updates count. Moments stay fp32")
     add("--seed", type=int, default=42, help="order of the blocks")
     add = parser.add_argument_group("along the way").add_argument
     add("--eval-every", type=int, default=500, help="steps between held-out losses; 0: only first and last")
@@ -107,8 +110,8 @@ def parse_args(argv):
     add("--resume", action="store_true", help="go on from OUT/checkpoint")
     add("--gradient-checkpointing", nargs="?", const="all", default="none", choices=["none", "auto", "all"],
         help="activations of all layers are computed again, a third more time; auto: of as many as memory demands")
-    add("--compact", action="store_true", help="no gradients, moments and masters for frozen columns: the same updates "
-        "with less memory and time; column masks only")
+    add("--compact", action="store_true", help="no gradients, moments and masters for frozen columns: the same "
+        "updates, up to rounding, with less memory and time; column masks only")
     add("--compile", action="store_true", help="torch.compile of the layers; for long runs on a GPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--plan", action="store_true", help="only say which GPU is large enough for --model, from its config")
@@ -121,6 +124,8 @@ def parse_args(argv):
         parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
     if not args.max_grad_norm >= 0 or min(args.seed, args.eval_every, args.eval_tokens, args.save_every) < 0:
         parser.error("--max-grad-norm, --seed, --eval-every, --eval-tokens and --save-every must be at least 0")
+    if args.seed >= 2**32:
+        parser.error("--seed must be below 2^32")
     if args.gmt_ratio is not None and not 0 <= args.gmt_ratio < 1:
         parser.error("--gmt-ratio must be at least 0 and below 1")
     if bool(args.mask) + (args.gmt_ratio is not None) + args.adalora > 1:
@@ -137,8 +142,9 @@ def parse_args(argv):
         parser.error("--adalora needs peft: pip install peft==0.21.2")
     if args.compile and (args.adalora or not any(map(shutil.which, ("g++", "clang++", "c++")))):
         parser.error("--compile needs a C++ compiler, g++ or clang++, and is not for AdaLoRA: leave it out")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: PyTorch sees no GPU here")
+    devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device not in devices or (args.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: must be cpu or cuda, and PyTorch sees {len(devices) - 2} GPUs here")
     if args.plan:
         return args
     if args.compact and not args.mask:
@@ -149,25 +155,36 @@ def parse_args(argv):
     return args
 
 
-def load_config(model):
-    """(config, tokenizer, folder with their files) of a local folder or hub model. Reads no weight."""
+def load_skeleton(model):
+    """(config, the model on the meta device: names and shapes, no weights) of a local folder or hub model."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         fail(f"--model {model}: no such folder")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            fail(f"--model {model}: quantised weights cannot be trained in full; give the unquantised model")
+        with torch.device("meta"):
+            return config, AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:  # the latter: no causal language model
+        fail(f"--model {model}: {error}")
+
+
+def load_tokenizer(model):
+    """(tokenizer, folder with the model's files) of a local folder or hub model."""
+    try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+        return tokenizer, Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
     except (OSError, ValueError) as error:
         fail(f"--model {model}: {error}")
-    if getattr(config, "quantization_config", None):
-        fail(f"--model {model}: quantised weights cannot be trained in full; give the unquantised model")
-    return config, tokenizer, folder
 
 
 def load_model(model, dtype=torch.float32, **options):
     """The causal LM, its files complete: a tensor that they lack would be random."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True,
-                                                        trust_remote_code=False, output_loading_info=True, **options)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options)
+    except RuntimeError as error:  # shapes that are not those of config.json
+        fail(f"--model {model}: {error}")
     if info["missing_keys"]:
         fail(f"--model {model}: its files lack {sorted(info['missing_keys'])[:3]}")
     return loaded
@@ -287,7 +304,10 @@ def read_texts(flag, data, tokenizer, templated):
                 row = {"text": row.decode().strip()} if path.suffix == ".txt" else json.loads(row)
             chat = isinstance(row, dict) and templated and row.get("messages")
             if chat and tokenizer.chat_template and isinstance(chat, list) and isinstance(chat[0], dict):
-                yield tokenizer.apply_chat_template(chat, tokenize=False)
+                try:
+                    yield tokenizer.apply_chat_template(chat, tokenize=False)
+                except TemplateError as error:
+                    fail(f"{flag} {data}: the model's chat template refuses line {number} ({error})")
             elif chat or not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 fail(f"{flag} {data}: line {number} has no `text`"
                      + (" and no `messages` for which the tokenizer has a chat template" if templated else ""))
@@ -416,6 +436,11 @@ def logits_are_the_heads(model, args):
     return torch.allclose(heads.float(), logits.float())
 
 
+def loss_parts(config, tokens):
+    """In how many parts, alike in size, the logits of so many tokens are computed."""
+    return math.ceil(tokens / max(1, LOGITS // config.get_text_config().vocab_size))
+
+
 def next_token_loss(model, tokens, in_parts=True):
     """Summed cross-entropy in nats, tokens [B, L]; position t predicts token t + 1.
 
@@ -429,12 +454,12 @@ def next_token_loss(model, tokens, in_parts=True):
     if not in_parts:
         return cross_entropy(model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1), targets)
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    size = max(1, LOGITS // model.config.get_text_config().vocab_size)
-    if len(targets) <= size:
+    parts = loss_parts(model.config, len(targets))
+    if parts == 1:
         return cross_entropy(head(hidden), targets)
     return torch.stack([
         torch.utils.checkpoint.checkpoint(lambda h, t: cross_entropy(head(h), t), h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True)]).sum()
+        for h, t in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)]).sum()
 
 
 def drop_smallest(grad, ratio):
@@ -553,8 +578,11 @@ def clip_gradients(model, leaves, limit):
 @torch.no_grad()
 def step_leaves(leaves, lr, weight_decay, scale, stochastic):
     """One step of AdamW (Table 8) on each leaf, its gradient times `scale`: the arithmetic of the reference loop."""
-    for weight, columns, updated, mask, master, adam, keeps_master in leaves.values():
+    for name, (weight, columns, updated, mask, master, adam, keeps_master) in leaves.items():
         if updated.grad is None:
+            if columns is not None:
+                fail(f"--compact: {name} got no gradient: the model does not use it, or not by calling its layer; "
+                     "train without --compact")
             continue
         if not keeps_master:
             part = weight.detach() if columns is None else weight.detach().index_select(1, columns)
@@ -622,7 +650,7 @@ def state_bytes(model, masks, args):
     leaves = [p.numel() for name, p in model.named_parameters()
               if args.master != "fp32" or (args.compact and name in inside)]
     found["copies"] = (10 if args.master == "stochastic" else 8) * max(leaves, default=0)
-    for name, p in model.named_parameters():
+    for name, p in source_parameters(model):
         compact = args.compact and p.dim() == 2 and name in inside and not masks[name].all()
         low = args.precision == "bf16" and (compact or args.master != "fp32")
         size = p.numel() if name not in masks else p.numel() * masks[name].float().mean().item() if compact else \
@@ -673,16 +701,18 @@ def layer_bytes(model, args):
 
 def head_bytes(config, tokens, in_parts):
     """Bytes at most for the logits of so many tokens, and for a copy and gradients of the head."""
-    logits, text = tokens * config.get_text_config().vocab_size, config.get_text_config()
-    return 12 * (min(LOGITS, logits) if in_parts else logits) + 8 * text.vocab_size * text.hidden_size
+    text, parts = config.get_text_config(), loss_parts(config, tokens) if in_parts else 1
+    # of the head a bf16 copy, its gradient in bf16 and fp32, and the sum of the parts' gradients
+    return 12 * tokens / parts * text.vocab_size + (8 if parts == 1 else 12) * text.vocab_size * text.hidden_size
 
 
 def checkpointed_layers(layers, free, sizes, head, blocks_at_once):
-    """(how many of the layers must be computed again in the backward pass to fit into `free` bytes, bytes of
-    activations then); more than there are if none of it fits. The layer computed again and the head count too."""
+    """(how many of the layers, from the first, must be computed again in the backward pass to fit into `free` bytes,
+    bytes of activations then); more than there are if nothing fits. The others are gone when the first is computed."""
     constant, each, kept = sizes
+    layer = constant + blocks_at_once * each
     for n in range(layers + 1):
-        needed = (layers - n + bool(n)) * (constant + blocks_at_once * each) + n * blocks_at_once * kept + head
+        needed = n * blocks_at_once * kept + max((layers - n) * layer + head, layer * bool(n))
         if needed <= free:
             return n, needed
     return layers + 1, needed
@@ -703,10 +733,11 @@ def checkpoint_layers(model, masks, args):
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading and measuring left is free, too
-        free = torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
     else:
-        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    free = 0.95 * free - state["gradients"] - state["moments"] - state["copies"]
+        free, total = (1024 * int(re.search(rf"{key}: +(\d+)", Path("/proc/meminfo").read_text())[1])
+                       for key in ("MemAvailable", "MemTotal"))
+    free -= 0.05 * total + state["gradients"] + state["moments"] + state["copies"]  # a twentieth for fragmentation
     head = head_bytes(model.config, args.micro_batch_size * args.seq_len, logits_are_the_heads(model, args))
     n, needed = checkpointed_layers(len(layers), free, sizes, head, args.micro_batch_size)
     print(f"gradient checkpointing: {min(n, len(layers))} of {len(layers)} layers; one saves {sizes[0] / 1e9:.3f} GB, "
@@ -760,9 +791,12 @@ def save_checkpoint(path, step, model, leaves, optimizer, scaler, settings):
 
 
 def read_checkpoint_step(path, settings):
-    """Step of a checkpoint. Raises SystemExit(2) when it belongs to a run with other settings, naming them."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    """Step of a checkpoint. Raises SystemExit(2) when it is damaged, or of a run with other settings, naming them."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        fail(f"--resume: {path} is damaged ({error}); delete it to start anew")
     if (metadata.get("format"), metadata.get("version")) != ("ssu-checkpoint", "1"):
         fail(f"--resume: {path} is not a checkpoint of train.py; delete it and start anew")
     saved = json.loads(metadata["settings"])
@@ -856,6 +890,8 @@ def train(args, model, masks, leaves, tokens, heldout, settings, start):
     optimizer = make_optimizer(model, masks, leaves, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast, in_parts = autocast_of(args), logits_are_the_heads(model, args)
+    if not in_parts:
+        print("the model scales or caps what its head gives, so all logits of a micro-batch are computed at once")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # HFT's layers differ in what is frozen
         for layer in decoder_layers(model):
@@ -950,12 +986,7 @@ def made_up_masks(model):
 
 def plan(args):
     """Prints what fits where: by counting, and by measuring what one random layer of this shape saves, on the CPU."""
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {error}")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    config, skeleton = load_skeleton(args.model)
     masks = load_masks(args.mask, skeleton) if args.mask else made_up_masks(skeleton)
     layers, small = config.get_text_config().num_hidden_layers, copy.deepcopy(config)
     text = small.get_text_config()
@@ -976,8 +1007,8 @@ def plan(args):
         names = {name: p.shape for name, p in layer.named_parameters()}
         make_leaves(layer, {name: masks[name] for name in masks if name in names}, args)
         sizes, in_parts = layer_bytes(layer, args), logits_are_the_heads(layer, args)
-        for size in GPUS:
-            free, blocks_at_once = 0.95e9 * size - state.total(), args.micro_batch_size
+        for size in GPUS.values():
+            free, blocks_at_once = 0.95 * 2**30 * size - state.total(), args.micro_batch_size
             while True:
                 head = head_bytes(config, blocks_at_once * args.seq_len, in_parts)
                 n, _ = checkpointed_layers(layers, free, sizes, head, blocks_at_once)
@@ -992,11 +1023,10 @@ def run(args):
     if args.plan:
         return plan(args)
     checkpoint, final = args.out / "checkpoint/state.safetensors", args.out / "model"
-    if args.resume and not checkpoint.is_file():
-        fail(f"--resume: no checkpoint at {checkpoint}; leave --resume out to start")
-    config, tokenizer, folder = load_config(args.model)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    if args.resume and not (checkpoint.is_file() and (args.out / "train.jsonl").is_file()):
+        fail(f"--resume: no checkpoint at {checkpoint}, or no train.jsonl; leave --resume out to start")
+    config, skeleton = load_skeleton(args.model)
+    tokenizer, folder = load_tokenizer(args.model)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
     if args.compact and not has_columns(masks, skeleton):
         fail(f"--compact: {args.mask} is no column mask. The gradient of a column needs its input feature alone; rows "
@@ -1009,6 +1039,9 @@ def run(args):
     vocabulary, embeddings = tokenizer.get_vocab(), skeleton.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {embeddings:,} rows")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or args.seq_len
+    if args.seq_len > context:
+        fail(f"--seq-len {args.seq_len}: {args.model} was made for {context} tokens at most")
     if final.exists():
         fail(f"--out {args.out}: holds a finished model; choose another folder or delete it")
     if checkpoint.exists() and not args.resume:
@@ -1120,6 +1153,9 @@ def main(argv=None):
         run(args)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written, a damaged file
         fail(f"{error} (what was written before is intact)")
+    except torch.OutOfMemoryError as error:
+        fail(f"{error} (what was written before is intact). Lower --micro-batch-size, or add --gradient-checkpointing "
+             "auto, or --compact for a column mask")
 
 
 if __name__ == "__main__":
