@@ -216,7 +216,39 @@ def test_adalora_regulariser_equals_the_one_of_peft(olmo2):
     assert (config.total_step, config.tinit, config.tfinal, config.deltaT) == (100, 8, 70, 1)
     model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2), 12208)
     config = model.peft_config["default"]
-    assert (config.tinit, config.tfinal, config.deltaT, config.target_r) == (1000, 8546, 20, 8)
+    assert {key: getattr(config, key) for key in (
+        "tinit", "tfinal", "deltaT", "init_r", "target_r", "lora_alpha", "lora_dropout", "beta1", "beta2",
+        "orth_reg_weight")} == dict(tinit=1000, tfinal=8546, deltaT=20, init_r=12, target_r=8, lora_alpha=32,
+                                    lora_dropout=0.05, beta1=0.85, beta2=0.85, orth_reg_weight=0.5)
+
+
+def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(olmo2, text, tmp_path, monkeypatch, capsys):
+    real = train.add_adalora
+
+    def without_dropout(*rest):
+        model = real(*rest)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+    monkeypatch.setattr(train, "add_adalora", without_dropout)
+    found = []
+    for size in (2, 2, 4):
+        out = tmp_path / str(len(found))
+        train.main(arguments(olmo2, text, out, "--adalora", "--steps", "6", "--micro-batch-size", size))
+        found.append(weights(out))
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
+        assert torch.allclose(weight, found[2][name], atol=1e-3), name
+
+    gradients = re.search(r"gradients ([\d,]+), Adam", capsys.readouterr().out)[1].replace(",", "")
+    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 6)
+    trained = [p for name, p in model.named_parameters() if "embed" in name or "lm_head" in name]
+    assert int(gradients) == sum(p.nbytes for p in trained)
+    base = {name for name, _ in train.source_parameters(model) if "embed" not in name and "lm_head" not in name}
+    masks = {name: torch.zeros(1, dtype=torch.uint8) for name in base}
+    args = train.parse_args(arguments(olmo2, text, tmp_path / "out", "--adalora"))
+    assert train.state_bytes(model, masks, args)["gradients"] == int(gradients)  # as --gradient-checkpointing auto asks
 
 
 def test_methods_that_exclude_each_other_are_refused(olmo2, mask, text, tmp_path, capsys, monkeypatch):
@@ -445,7 +477,7 @@ def test_foreign_checkpoint_is_refused(olmo2, mask, text, checkpointed, capsys):
     state.write_bytes(mask.read_bytes())
     assert "not a checkpoint of train.py" in refused(capsys, *base)
     state.write_bytes(mask.read_bytes()[:-9])
-    assert "intact" in refused(capsys, *base)
+    assert "damaged" in refused(capsys, *base)
 
 
 def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
@@ -472,11 +504,26 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, c
     out = tmp_path / "out"
     for extra, message in ((["--source-eval", chats], "line 1 has no `text`"), (["--data", archive], "damaged"),
                            (["--lr", "nan"], "--lr"), (["--max-grad-norm", "-1"], "--max-grad-norm"),
-                           (["--seed", "-1"], "--seed"), (["--device", "cuda"], "no GPU")):
-        if extra[0] == "--device" and torch.cuda.is_available():
-            continue
+                           (["--seed", "-1"], "--seed"), (["--seed", str(10**14)], "--seed"),
+                           (["--device", "gpu"], "must be cpu or cuda"), (["--device", "cuda:99"], "must be cpu"),
+                           (["--seq-len", "1024"], "made for 512 tokens")):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
     assert not out.exists()
+
+
+def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp_path, capsys):
+    def refused_with(*more, **change):
+        shutil.copytree(olmo2, tmp_path / "m", dirs_exist_ok=True)
+        config = json.loads((olmo2 / "config.json").read_text()) | change
+        (tmp_path / "m/config.json").write_text(json.dumps(config))
+        return refused(capsys, *arguments(tmp_path / "m", text, tmp_path / "out", *more))
+    assert "T5" in refused_with(model_type="t5") and "T5" in refused_with("--plan", model_type="t5")
+    assert "mismatch" in refused_with(intermediate_size=40)
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "refuses line 1 (no such role)" in refused(capsys, *arguments(
+        tmp_path / "m", text, tmp_path / "out", "--source-eval", chats))
 
 
 def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
