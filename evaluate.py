@@ -103,7 +103,7 @@ TASKS = {  # what each one reads below --data-dir
 }
 SHOTS = {"mrc": 3, "mmlu": 5}  # Section 4.5
 TEXTS = ("text", "summary", "question", "instruction", "flores_passage", "eng_Latn",
-         *(code for _, code in LANGUAGES.values()))  # columns that must hold strings
+         *(code for _, code in LANGUAGES.values()))  # columns that must hold strings; the others also numbers
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
 ANSWERS = ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
 NAMES = {  # in the order of the paper's Tables 2, 4, 3 and 6
@@ -147,7 +147,8 @@ def read_rows(path, columns):
             except (AttributeError, KeyError, TypeError):
                 fail(f"{path}: line {number} is not an object, or its `messages` are not {{role, content}} turns")
             for column in columns:
-                missing = row.get(column) in (None, "") or (column in TEXTS and not isinstance(row[column], str))
+                missing = row.get(column) in (None, "") or not isinstance(
+                    row[column], str if column in TEXTS else (str, int, float))
                 if missing and not (column == "text" and turns):
                     fail(f"{path}: line {number} has no `{column}`")
             if turns and [role for role, _ in turns[-2:]] != ["user", "assistant"]:
@@ -160,8 +161,9 @@ def read_rows(path, columns):
 
 
 def read_data(folder, lang, tasks):
-    """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, sha256 of it all."""
-    data, digest, flores = {}, hashlib.sha256(), ("id", "eng_Latn", LANGUAGES[lang][1])
+    """What the tasks need, checked: {"source/heldout": rows, "target/flores.dev": rows, ...}, sha256 of it all, and
+    {"target/flores.dev": data set @ commit, ...} where the folder's provenance.json says that."""
+    data, digest, flores, origin = {}, hashlib.sha256(), ("id", "eng_Latn", LANGUAGES[lang][1]), {}
     mmlu = ("sample_id", "subject", "question", *OPTIONS, "answer")
     columns = {"mmlu.dev": mmlu, "mmlu.test": mmlu, "flores.dev": flores, "flores.devtest": flores,
                "xlsum": ("id", "text", "summary"), "ae2": ("instruction",),
@@ -172,9 +174,16 @@ def read_data(folder, lang, tasks):
             continue
         name = name.replace("en/", "source/").replace("LANG/", "target/")
         data[name] = read_rows(path, columns.get(base, ("text",)))
+        listed = os.path.join(os.path.dirname(path), "provenance.json")
+        if os.path.exists(listed):
+            try:
+                with open(listed, encoding="utf-8") as file:
+                    origin[name] = json.load(file)[base + ".jsonl"]["from"]
+            except (ValueError, KeyError, TypeError) as error:
+                fail(f"{listed} does not say where {base}.jsonl is from ({error!r}): mend it, or delete it")
         with open(path, "rb") as file:
             digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return data, digest.hexdigest()
+    return data, digest.hexdigest(), origin
 
 
 def find_model(name):
@@ -185,13 +194,14 @@ def find_model(name):
             fail(f"model {name} does not exist")
         from huggingface_hub import snapshot_download
         try:
-            folder = snapshot_download(name, allow_patterns=["*" + kind for kind in kinds])
+            folder = snapshot_download(name, allow_patterns=["*" + kind for kind in kinds],
+                                       ignore_patterns=["consolidated*", "original/*"])  # the weights once more
         except (OSError, ValueError) as error:
             fail(f"model {name} is not a local folder, and the hub did not give it: {error}")
     files, digest = sorted(f for f in os.listdir(folder) if f.endswith(kinds)), hashlib.sha256()
     for needed in ("config.json", "tokenizer_config.json", ".safetensors"):
         if not any(f.endswith(needed) for f in files):
-            fail(f"model {name} is not a checkpoint that can be evaluated: it has no {needed}")
+            fail(f"model {name} is not a checkpoint that can be evaluated: {folder} has no {needed}")
     for file_name in files:
         with open(os.path.join(folder, file_name), "rb") as file:
             digest.update(file_name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -218,8 +228,12 @@ def encode(tokenizer, text):
 
 def render(tokenizer, messages):
     """A chat as text, up to where an answer would begin, or to the end of the answer that is there."""
+    from jinja2 import TemplateError
     asked = messages[-1]["role"] != "assistant"
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+    except TemplateError as error:
+        fail(f"the model's chat template refuses a chat of {[turn['role'] for turn in messages]} ({error})")
 
 
 def question(task, lang, row):
@@ -701,10 +715,10 @@ def read_evals(folders, chosen):
             try:
                 with open(path, encoding="utf-8") as file:
                     found = json.load(file)
-                settings = found["settings"] | {"lang": found["lang"]}
+                settings, _ = found["settings"] | {"lang": found["lang"]}, found["results"].items()
                 if (found["format"], found["version"]) != ("ssu-eval", 1):
                     raise ValueError("another format or version")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 fail(f"{path} cannot be read ({error}): remake it with evaluate.py --model ... --out {path}")
             first = first or settings
             seed = seeds.setdefault(folder, settings["seed"])  # may differ from one run folder to the next
@@ -790,6 +804,8 @@ def report(folders, chosen, out):
               f"Settings: {', '.join(f'{k} {v}' for k, v in shown.items())}.", "",
               f"Made with {', '.join(map(' '.join, one['versions'].items()))} on {one['device']}, "
               f"commit {one['git_commit']}.", ""]
+    if one.get("data"):
+        lines += [f"Data: {', '.join(f'{name} {origin}' for name, origin in one['data'].items())}.", ""]
     if "chat" in one["results"]:
         answers = {m: evals[m][0]["results"]["chat"]["answers"][0] for m in evals}
         lines += ["## One English prompt, answered by each model", "", "> " + answers["source"]["prompt"], ""]
@@ -797,13 +813,30 @@ def report(folders, chosen, out):
     os.makedirs(out, exist_ok=True)
     write_atomically(os.path.join(out, "report.md"), "\n".join(lines))
     print("\n".join(lines), f"wrote {out}/report.md", sep="\n")
-    if ("source", "bpb/source/heldout/bpb") in value:
-        plot(value, names, target, read_masks(folders[0], evals), os.path.join(out, "report.png"))
+    plot(value, names, target, read_masks(folders[0], evals), os.path.join(out, "report.png"))
+
+
+def relative_to_source(value, names, side):
+    """(what is compared, {method: [value over Source's, of each run folder]}) of one side: of bits per byte, or where
+    there are none the mean over all columns that every method has, but chat's and codemix."""
+    columns = [c for c in COLUMNS if c[0] == side and all((m, c[2]) in value for m in names)
+               and not c[2].startswith(("chat/", "codemix/")) and statistics.fmean(value["source", c[2]])]
+    columns = [c for c in columns if c[2].endswith("heldout/bpb")] or columns
+    if not columns:
+        return None, {}
+    what = columns[0][1][:-2] if len(columns) == 1 else "mean of " + ", ".join(c[1].split()[0] for c in columns)
+    base = {path: statistics.fmean(value["source", path]) for _, _, path, _ in columns}
+    return what, {m: [statistics.fmean(found) for found in zip(
+        *([x / base[path] for x in value[m, path]] for _, _, path, _ in columns), strict=True)] for m in names}
 
 
 def plot(value, names, target, masks, path):
     """report.png: source kept against target gained; both against the freezing ratio (Figure 2), where there are
     several; which weights the masks freeze. matplotlib is optional."""
+    (kept_what, kept), (gained_what, gained) = (relative_to_source(value, names, side) for side in ("source", "target"))
+    if not kept or not gained:
+        print("no report.png: it needs figures of both languages, from bpb, mcq, mt, sum, mrc or mmlu")
+        return
     try:
         import matplotlib
     except ImportError:
@@ -811,11 +844,10 @@ def plot(value, names, target, masks, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    chat, text = "bpb/source/heldout/bpb", "bpb/target/heldout/bpb"
-    base = {bpb: statistics.fmean(value["source", bpb]) for bpb in (chat, text)}
-    kept = {m: [100 * base[chat] / bpb for bpb in value[m, chat]] for m in names}
-    gained = {m: [100 * (1 - bpb / base[text]) for bpb in value[m, text]] for m in names}
-    labels = "English kept: chat bpb, Source / method (%)", f"{target} gained: reduction of bpb (%)"
+    kept = {m: [100 / x if "bpb" in kept_what else 100 * x for x in found] for m, found in kept.items()}
+    gained = {m: [100 * (1 - x if "bpb" in gained_what else x - 1) for x in found] for m, found in gained.items()}
+    labels = (f"English kept: {kept_what}, " + ("Source / method (%)" if "bpb" in kept_what else "method / Source (%)"),
+              f"{target} gained: " + ("reduction of bpb (%)" if "bpb" in gained_what else f"{gained_what} (%)"))
     curves = {}  # method -> [(ratio, run name)]
     for m in names:
         method, ratio = method_and_ratio(m)
@@ -935,7 +967,10 @@ def read_items(path, header):
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.endswith("\n")]
     if lines[:1] == [dump(header)]:
-        return {key_of(record): record for record in map(json.loads, lines[1:])}
+        try:
+            return {key_of(record): record for record in map(json.loads, lines[1:])}
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{path} is damaged ({error}): delete it, or the line, to have that done again")
     print(f"{path} is of other settings, data, model or versions: starting afresh")
     return {}
 
@@ -958,7 +993,7 @@ def load_model(folder, tokenizer, dtype, device):
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: shapes that are not those of config.json
         fail(f"model {folder}: {error}")
     if info["missing_keys"]:
         fail(f"model {folder}: its files lack {sorted(info['missing_keys'])[:3]}")
@@ -974,7 +1009,9 @@ def load_model(folder, tokenizer, dtype, device):
 
 def evaluate(args):
     started = time.monotonic()
-    data, data_sha256 = read_data(args.data_dir, args.lang, args.tasks)
+    if os.path.isdir(args.out):
+        fail(f"--out {args.out} is a folder: name the file, eval.json")
+    data, data_sha256, origin = read_data(args.data_dir, args.lang, args.tasks)
     folder, model_sha256 = find_model(args.model)
     import sacrebleu
     import torch
@@ -1075,7 +1112,7 @@ def evaluate(args):
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU"
     write_atomically(args.out, json.dumps({
         "format": "ssu-eval", "version": 1, "model": args.model, "lang": args.lang, "settings": settings,
-        "versions": versions, "device": name, "git_commit": git_commit(),
+        "data": origin, "versions": versions, "device": name, "git_commit": git_commit(),
         "seconds": round(time.monotonic() - started, 1), "results": results}, ensure_ascii=False, indent=1) + "\n")
     for _, _, path, digits in COLUMNS:
         if look_up(results, path) is not None:

@@ -4,13 +4,21 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, TEXT, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
+from conftest import ROOT, SIZES, TEXT, tiny_model, write_jsonl
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import evaluate
 
@@ -136,6 +144,55 @@ def test_mt_prompts_are_table_7_with_few_shots_and_one_bos(whole):
     end = " =<|im_end|>\n<|im_start|>assistant\n"
     assert source.endswith(" 5" + end) and target.endswith(f": The {WORDS[5]} is 5 years old." + end)
     assert [r["reference"] for r in rows[:1]] == [f"The {WORDS[5]} is 5 years old."]
+    english = [f"The {WORDS[i]} is {i} years old." for i in range(4)]  # dev, which the examples are from
+    nepali = [f"{TEXT[3][:5 + 3 * i]} {i}" for i in range(4)]
+    for prompt, asked, answers in ((source, nepali, english), (target, english, nepali)):
+        turns = [turn.partition("\n")[2] for turn in prompt.split("<|im_end|>\n")][:-2]
+        assert all(turn.endswith(" =") for turn in turns[0::2])
+        numbers = [asked.index(turn.partition(": ")[2][:-2]) for turn in turns[0::2]]
+        assert [answers[i] for i in numbers] == turns[1::2] and len(set(numbers)) == 3
+
+
+def test_belebele_answers_are_those_of_its_numbers(papers, llama, tmp_path):
+    """Of the questions and of the examples, all distinct here."""
+    path = tmp_path / "ne/belebele.jsonl"
+    rows = [json.loads(line) | {"question": f"Q{i}?"} for i, line in enumerate(
+        (papers / "ne/belebele.jsonl").read_text().splitlines())]
+    for lang in ("en", "ne"):
+        write_jsonl(tmp_path / lang / path.name, rows)
+    data, *_ = evaluate.read_data(tmp_path, "ne", ["mrc"])
+    settings = {"tasks": ["mrc"], "seed": 1, "num_samples": 9, "num_questions": None, "runs": 1, "few_shots": 3,
+                "max_length": 128}
+    for record, _, _ in evaluate.plan(data, AutoTokenizer.from_pretrained(llama), "ne", settings):
+        *shots, asked = re.findall(r"Q(\d)\?.*?assistant\n(\w?)", record["prompt"], re.S)
+        assert record["reference"] == "ABCD"[int(asked[0]) % 4] and record["id"] == f"l {asked[0]}"
+        assert len(shots) == 3 and all(answer == "ABCD"[int(i) % 4] for i, answer in shots)
+
+
+def test_decoding_is_table_9(papers, tmp_path, monkeypatch):
+    """What transformers is asked for; the model's own generation settings must not count."""
+    model, calls, real = tiny_model(tmp_path / "m", max_position_embeddings=2048), [], LlamaForCausalLM.generate
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": True, "min_p": 0.7}))
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda self, ids, **more: calls.append(
+        (more, self.generation_config)) or real(self, ids, **more))
+    shutil.copytree(papers, tmp_path / "data")
+    write_jsonl(tmp_path / "data/en/ae2.jsonl", [{"instruction": "Say a."}])
+    for lang in ("en", "ne"):
+        write_jsonl(tmp_path / f"data/{lang}/heldout.jsonl", [{"text": text} for text in TEXT])
+    argv = ["--model", model, "--lang", "ne", "--data-dir", tmp_path / "data", "--runs", 1, "--num-samples", 1]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for task, top_p, limit in (("mt", 0.9, 128), ("sum", 0.9, 128), ("ae2", 0.8, 512), ("chat", None, 128)):
+        calls.clear()
+        evaluate.main(list(map(str, [*argv, "--tasks", task, "--out", tmp_path / f"{task}.json"])))
+        for asked, config in calls:
+            sampling = {key: asked.get(key) for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
+            assert sampling == (dict.fromkeys(sampling) if task == "chat" else dict(
+                temperature=0.8, top_k=40, top_p=top_p, repetition_penalty=1.1))
+            assert asked["do_sample"] == (task != "chat") and asked["max_new_tokens"] == limit
+            newline = tokenizer("\n")["input_ids"][0] in asked["eos_token_id"]
+            assert newline == (task in ("mt", "sum")) and config.min_p is None
+        assert calls
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +225,7 @@ PAPER = ["mt", "sum", "mrc", "mmlu"]
 def test_prompts_are_those_of_table_7(lang, papers, llama):
     """prompts.json holds the prompts as the paper prints them, with SENTENCE, TEXT, ... filled in."""
     golden = json.loads((ROOT / "tests/prompts.json").read_text())
-    data, _ = evaluate.read_data(papers, lang, PAPER)
+    data, *_ = evaluate.read_data(papers, lang, PAPER)
     settings = {"tasks": PAPER, "seed": 1, "num_samples": 9, "num_questions": None, "runs": 1, "few_shots": 3,
                 "max_length": 128}
     seen = set()
@@ -240,7 +297,7 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
 
 
 def test_examples_that_do_not_fit_the_context_are_left_out_and_counted(papers, llama):
-    data, _ = evaluate.read_data(papers, "ne", ["mmlu"])
+    data, *_ = evaluate.read_data(papers, "ne", ["mmlu"])
     settings = {"tasks": ["mmlu"], "seed": 1, "num_samples": 9, "num_questions": None, "runs": 1, "few_shots": 3,
                 "max_length": 128}
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -256,7 +313,7 @@ def test_examples_that_do_not_fit_the_context_are_left_out_and_counted(papers, l
 
 
 def test_an_item_is_never_its_own_example(papers):
-    data, _ = evaluate.read_data(papers, "ne", ["mrc"])
+    data, *_ = evaluate.read_data(papers, "ne", ["mrc"])
     for shots, row in evaluate.with_shots("mrc", "target", data, {"seed": 3, "num_questions": None}):
         assert len({shot["id"] for shot in shots} - {row["id"]}) == 3
 
@@ -529,6 +586,64 @@ def test_report_draws_ratios_and_overlaps(tmp_path, monkeypatch):
     assert "| SSU-Wanda 0.25 " in text and text.index("| SSU-Wanda 0.875") < text.index("| LoTA 0.125 ")
 
 
+def test_report_draws_the_papers_tasks_where_there_are_no_bits_per_byte(tmp_path, monkeypatch, capsys):
+    """Each column relative to Source, and of them the mean."""
+    from matplotlib import pyplot
+    for method, mt, mrc in (("source", 20.0, 0.5), ("hft@0.25", 30.0, 0.4), ("hft", 10.0, 0.25)):
+        content = evaluation(tmp_path, method, 1.0, 1.0, mt, tasks=["mt", "mrc"])
+        content["results"] = {"mt": content["results"]["mt"], "mrc": {
+            "source": {"accuracy": mrc, "n": 9}, "target": {"accuracy": mrc / 2, "n": 9}}}
+        (tmp_path / method / "eval.json").write_text(json.dumps(content))
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    evaluate.main(["--report", str(tmp_path)])
+    panels = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes]
+    assert panels[1]["HFT"] == [[0.25, pytest.approx(115)], [0.5, pytest.approx(50)]]
+    assert panels[2]["HFT"] == [[0.25, pytest.approx(15)], [0.5, pytest.approx(-50)]]
+    assert "mean of MT, MRC" in figures[0].axes[0].get_xlabel()
+    close(figures[0])
+    for method in ("source", "hft@0.25", "hft"):
+        content = json.loads((tmp_path / method / "eval.json").read_text())
+        content["results"] = {"gsm8k": {"source": {"accuracy": 0.5, "n": 3}}}
+        (tmp_path / method / "eval.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    evaluate.main(["--report", str(tmp_path)])
+    assert "no report.png: it needs figures of both languages" in capsys.readouterr().out
+
+
+def test_where_the_data_are_from_stands_in_the_results(llama, papers, tmp_path, capsys):
+    shutil.copytree(papers, tmp_path / "data")
+    for lang in ("en", "ne"):
+        (tmp_path / f"data/{lang}/provenance.json").write_text(json.dumps({"xlsum.jsonl": {"from": f"set@{lang}"}}))
+    found = run(llama, tmp_path / "data", tmp_path / "source/eval.json", "--tasks", "sum", "--num-samples", 1)
+    assert found["data"] == {"source/xlsum": "set@en", "target/xlsum": "set@ne"}
+    evaluate.main(["--report", str(tmp_path)])
+    assert "Data: source/xlsum set@en, target/xlsum set@ne." in (tmp_path / "report.md").read_text()
+    (tmp_path / "data/ne/provenance.json").write_text("{}")
+    assert "does not say where xlsum.jsonl is from" in fails(
+        capsys, "--model", llama, "--lang", "ne", "--data-dir", tmp_path / "data", "--tasks", "sum", "--out",
+        tmp_path / "e.json")
+
+
+def test_misfit_models_and_damaged_items_are_one_line(data, tmp_path, capsys):
+    model = tiny_model(tmp_path / "m")
+    argv = ["--model", model, "--lang", "ne", "--data-dir", data, "--tasks", "mcq", "--out", tmp_path / "e.json"]
+    assert "is a folder" in fails(capsys, *argv[:-1], tmp_path)
+    run(model, data, tmp_path / "e.json", "--tasks", "mcq")
+    items = tmp_path / "e.items.jsonl"
+    items.write_text(items.read_text().replace('"task": "mcq"', '"task": mcq', 1))
+    more = ["--device", "cpu", "--runs", 2, "--max-new-tokens", 8, "--max-length", 128, "--batch-tokens", 800]
+    assert "e.items.jsonl is damaged" in fails(capsys, *argv, *more)
+    items.unlink()
+    (tmp_path / "m/config.json").write_text((tmp_path / "m/config.json").read_text().replace(
+        '"intermediate_size": 48', '"intermediate_size": 40'))
+    assert "mismatch" in fails(capsys, *argv)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained(model)
+    assert "no such role" in fails(capsys, *argv)
+
+
 def test_report_refuses_masks_that_are_damaged_or_of_other_models(tmp_path, capsys):
     import numpy
     from safetensors.numpy import save_file
@@ -550,8 +665,10 @@ def test_report_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "num_samples is 3, not None" in fails(capsys, "--report", tmp_path)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, seed=3)
     assert "seed is 3, not 42" in fails(capsys, "--report", tmp_path)
-    (tmp_path / "ssu-mag/eval.json").write_text("{}")
-    assert "ssu-mag/eval.json cannot be read" in fails(capsys, "--report", tmp_path)
+    for lacking in ({}, {"results": None}):
+        content = evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0) | lacking if lacking else {}
+        (tmp_path / "ssu-mag/eval.json").write_text(json.dumps(content))
+        assert "ssu-mag/eval.json cannot be read" in fails(capsys, "--report", tmp_path)
     assert not (tmp_path / "report.md").exists()
 
 

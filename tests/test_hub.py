@@ -155,6 +155,12 @@ def test_madlad_is_unescaped_fetched_once_and_trained_on(served, olmo2, tmp_path
     assert train.madlad("ne")["text"] == [files[i] for i in np.random.default_rng(42).permutation(30)]
 
 
+@pytest.mark.slow
+def test_of_nepali_250000_documents_are_drawn(served):
+    put_madlad(served, "ne", [f"{i}" for i in range(250_010)])
+    assert len(set(train.madlad("ne")["text"])) == 250_000
+
+
 def test_tokenising_goes_on_where_it_was_killed(olmo2, tmp_path):
     tokenizer, texts = AutoTokenizer.from_pretrained(olmo2), [f"{i} {TEXT[i % 5]}" for i in range(12_345)]
 
@@ -252,7 +258,7 @@ def paper_sets(served, olmo2):
 def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monkeypatch, capsys):
     argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path)]
     prepare_paper.main(argv)
-    data, _ = evaluate.read_data(tmp_path, "ig", ["mt", "sum", "mrc", "mmlu", "ae2"])
+    data, *_ = evaluate.read_data(tmp_path, "ig", ["mt", "sum", "mrc", "mmlu", "ae2"])
     assert data["source/ae2"] == [{"instruction": f"Say {text}", "dataset": "koala"} for text in TEXT]
     assert {name: len(rows) for name, rows in data.items()} == {
         "target/flores.dev": 100, "target/flores.devtest": 500, "source/xlsum": 8, "target/xlsum": 8,
@@ -281,9 +287,18 @@ def test_paper_sets_become_files_that_evaluate_reads(paper_sets, tmp_path, monke
     assert stopped.value.code == 2 and "flores_plus" in line and "HF_TOKEN" in line
     monkeypatch.setenv("HF_TOKEN", "let-me-in")
     prepare_paper.main([*argv, "--flores", "gated"])
-    data, _ = evaluate.read_data(tmp_path, "ig", ["mt"])
+    data, *_ = evaluate.read_data(tmp_path, "ig", ["mt"])
     assert data["target/flores.dev"][7] == {"id": 7, "eng_Latn": "eng_Latn dev 7", "ibo_Latn": "ibo_Latn dev 7"}
     assert [row["id"] for row in data["target/flores.devtest"]] == drawn
+
+
+def test_of_xlsum_the_500_shortest_with_a_text_and_a_summary(olmo2):
+    rows = {"test": [{"id": i, "text": "word " * (700 - i), "summary": "s" * (i % 7)} for i in range(600)],
+            "validation": [{"id": i, "text": "" if i else "word", "summary": "s"} for i in range(3)]}
+    found = prepare_paper.xlsum_rows(lambda repo, config, split, columns: rows[split], "ig",
+                                     AutoTokenizer.from_pretrained(olmo2))
+    kept = [f"test/{i}" for i in reversed(range(600)) if i % 7]
+    assert [row["id"] for row in found] == ["validation/0", *kept][:500]
 
 
 def test_plan_says_what_does_not_fit(paper_sets, tmp_path, monkeypatch, capsys):
@@ -378,6 +393,13 @@ def test_without_lm_eval_the_message_names_it(llama, tmp_path, monkeypatch, caps
         evaluate.main(["--model", str(llama), "--lang", "ne", "--data-dir", str(tmp_path), "--tasks", "gsm8k", "--out",
                        str(tmp_path / "eval.json")])
     assert stopped.value.code == 2 and "pip install 'lm-eval[hf,ifeval]==" in capsys.readouterr().err
+
+
+def test_lm_eval_is_asked_as_in_the_paper():
+    """Section 4.5's shots, the strict metrics, Table 9's decoding."""
+    assert evaluate.HARNESS == {"ifeval": ("leaderboard_ifeval", 0, "prompt_level_strict_acc", "none"),
+                                "gsm8k": ("gsm8k", 5, "exact_match", "strict-match")}
+    assert evaluate.CHAT_SAMPLING == dict(do_sample=True, temperature=0.8, top_k=40, top_p=0.8, repetition_penalty=1.1)
 
 
 @pytest.mark.slow
