@@ -41,9 +41,11 @@ case $PROFILE in
 esac
 METHODS=${METHODS:-fft ssu-wanda} RATIOS=${RATIOS:-${RATIO:-0.5}} SEED=${SEED:-42} FLORES=${FLORES:-ungated}
 [[ $FLORES =~ ^(un)?gated$ ]] || fail "FLORES=$FLORES: gated or ungated"
+[[ ${LANGUAGE_ID:=glotlid} =~ ^(glotlid|script)$ ]] || fail "LANGUAGE_ID=$LANGUAGE_ID: glotlid or script"
 case ${COMPACT:-0} in 0) COMPACT= ;; 1) COMPACT=" --compact" ;; *) fail "COMPACT=$COMPACT: 0 or 1" ;; esac
 known="fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row ssu-wanda-element \
 lota lota-90 lota-50 s2ft-down s2ft-down-output"
+[[ $METHODS = *[![:space:]]* && $RATIOS = *[![:space:]]* ]] || fail "METHODS and RATIOS must name at least one each"
 for method in $METHODS; do [[ " $known " = *" $method "* ]] || fail "METHODS has $method: choose from $known"; done
 for ratio in $RATIOS; do
     [[ $ratio =~ ^(0(\.[0-9]+)?|1(\.0+)?)$ ]] || fail "RATIOS has $ratio: each must lie between 0 and 1"
@@ -55,6 +57,9 @@ RATIOS=$(LC_ALL=C printf '%g ' $RATIOS)
 [[ "$RUNS$DATA_DIR$MODEL$CALIBRATION" != *[[:space:]]* ]] || fail "RUNS, DATA_DIR, MODEL and CALIBRATION: no spaces"
 [[ ,$TASKS =~ ^(,(bpb|mcq|mt|sum|mrc|mmlu|chat|ifeval|gsm8k|ae2|codemix))+$ ]] ||
     fail "TASKS has $TASKS: some of bpb,mcq,mt,sum,mrc,mmlu,chat,ifeval,gsm8k,ae2,codemix"
+if [ $PROFILE = paper ] && [[ ,$TASKS =~ ,(bpb|chat) ]]; then
+    fail "TASKS has $TASKS: bpb and chat need held-out text, which the paper's data have not"
+fi
 [[ -d $MODEL || $MODEL = data/embedded/model || $MODEL =~ ^[[:alnum:]_-]+/[[:alnum:]._-]+$ ]] ||
     fail "MODEL=$MODEL: no such folder"
 best=fp32  # a processor without instructions for bf16 takes three times as long with it
@@ -66,12 +71,15 @@ en=$DATA_DIR/en target=$DATA_DIR/$lang run=$RUNS/$lang
 echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on this machine)"
 
 . ./setup.sh requirements.txt data/requirements.txt
-if [ $PROFILE = paper ] && [ "${HF_HUB_OFFLINE:-0}" != 1 ]; then  # does it fit, can it be had? If not, it ends here
-    python data/prepare_paper.py "$lang" --plan --model "$MODEL" --flores "$FLORES" --calibration "$CALIBRATION" \
-        --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) --steps "$STEPS" \
-        --runs "$RUNS" --tasks "$TASKS" --ratio "$(tr ' ' '\n' <<< "$RATIOS" | grep . | sort -g | head -1)" $COMPACT
+if [ $PROFILE = paper ]; then  # does it fit, can it be had? If not, it ends here
+    python data/prepare_paper.py "$lang" --plan --model "$MODEL" --out "$DATA_DIR" --flores "$FLORES" --runs "$RUNS" \
+        --calibration "$CALIBRATION" --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) \
+        --steps "$STEPS" --ratio "$(tr ' ' '\n' <<< "$RATIOS" | grep . | sort -g | head -1)" \
+        --tasks "$TASKS" --language-id "$LANGUAGE_ID" $COMPACT
 elif [ -n "$dry_run" ]; then
-    echo "$METHODS; $TASKS. With the default model: 5.6 GB of memory, 0.6 GB of disk a method, no download but packages"
+    echo "train and evaluate $METHODS ($TASKS). The default model takes 5.6 GB of memory, of $(awk '/MemAvail/ {
+        printf "%.1f", $2 / 1e6}' /proc/meminfo) GB free here; disk: 0.6 GB a method and 2 GB for a checkpoint, of $(
+        df -Pk . | awk 'END {printf "%.0f", $4 / 1e6}') GB free; no download but packages"
 fi
 if [ -n "$dry_run" ]; then exit; fi
 optional() {  # PACKAGE CHECK: what only some methods and tasks need, if the check says that it is not there
@@ -79,7 +87,7 @@ optional() {  # PACKAGE CHECK: what only some methods and tasks need, if the che
         python -m pip install --quiet --disable-pip-version-check "$1"; }
 }
 if [[ " $METHODS " = *" adalora "* ]]; then optional peft==0.21.2 "import peft; assert peft.__version__ == '0.21.2'"; fi
-if [[ $TASKS =~ codemix && ${LANGUAGE_ID:=glotlid} = glotlid ]]; then optional fasttext-numpy2==0.10.4 "import fasttext"; fi
+if [[ $TASKS =~ codemix && $LANGUAGE_ID = glotlid ]]; then optional fasttext-numpy2==0.10.4 "import fasttext"; fi
 if [[ $TASKS =~ ifeval|gsm8k ]]; then
     optional "lm-eval[hf,ifeval]==0.4.13" "import lm_eval.models.huggingface, nltk, langdetect, immutabledict"
     if [[ $TASKS =~ ifeval ]] && ! python -c "import nltk; nltk.data.find('tokenizers/punkt_tab')" 2>/dev/null; then
@@ -113,10 +121,11 @@ if [ $PROFILE = paper ]; then
     needed+=" $texts"
     train="python train.py --model $MODEL --data madlad:$lang --gradient-checkpointing auto --precision $PRECISION \
 --seed $SEED --source-eval $en/xlsum.jsonl --target-eval $target/xlsum.jsonl --eval-every $save_every"
-    evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --dtype $dtype --tasks $TASKS"
+    evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --dtype $dtype --tasks $TASKS --batch-tokens 32768"
 else
     texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
-    needed="$CALIBRATION $texts"
+    needed=$texts
+    case $CALIBRATION in tulu|alpaca) ;; *) needed+=" $CALIBRATION" ;; esac
     train="python train.py --model $MODEL --data $target/train.jsonl --batch-size $batch_size --micro-batch-size 8 \
 --seq-len 128 --lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
 --source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
@@ -138,6 +147,11 @@ for file in $needed; do
     fi
     [ -s "$file" ] || fail "$file is missing or empty: data/README.md says what belongs there"
 done
+if [ $PROFILE = paper ] && [[ $TASKS =~ mt ]]; then
+    case $FLORES in gated) origin=flores_plus ;; *) origin=FloresBitextMining ;; esac
+    [ ! -e "$target/provenance.json" ] || grep -q $origin "$target/provenance.json" ||
+        fail "$target holds the other FLORES+: set FLORES, or delete it to fetch the $FLORES one"
+fi
 if [ -d "$MODEL" ]; then model_sha256=$(cat "$MODEL"/*.{safetensors,json,jinja} 2>/dev/null | sha256sum); fi
 
 stage "$run/source/eval.json" "$en/*.jsonl $target/*.jsonl" $evaluate --model "$MODEL" --out "$run/source/eval.json"

@@ -16,15 +16,17 @@ Each data set is read at the commit that it has now, the ungated FLORES+ at a pi
 which. What was fetched stays in the hub's cache, so nothing is downloaded twice, and evaluate.py needs no hub. Files
 that this script did not write are never overwritten.
 
---plan asks the hub whether all that run_all.sh's paper profile needs can be had, and how large it is. Memory and disk
-are counted: 16 bytes a parameter in training (fp32 weights, gradients, two moments) and 2 for autocast's copy, in
-compact training 9 for a matrix of which half is frozen; 12 in a checkpoint, twice while a new one replaces the old.
-Hours are computed, not measured: 8 floating-point operations a parameter and token (6, and 2 for gradient
-checkpointing) at 40% of a GPU's peak. Exit code 2 if anything does not fit.
+--plan asks the hub whether all that run_all.sh's paper profile needs can be had, and how large it is; offline, whether
+the caches have it. Memory and disk are counted: 16 bytes a parameter in training (fp32 weights, gradients, two
+moments), in compact training 9 for a matrix of which half is frozen; 12 in a checkpoint, twice while a new one replaces
+the old. Hours are computed, not measured: 8 floating-point operations a parameter and token in training (6, and 2 for
+gradient checkpointing) at 40% of a GPU's peak; evaluating, 0.03 s for each token that a batch of answers grows by, up
+to the longest allowed. Exit code 2 if anything does not fit.
 """
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -49,6 +51,10 @@ EVALUATION = {"ae2": ("dataset", *AE2, None, "alpaca_eval.json", 1),  # what onl
               "codemix": ("model", "cis-lmu/glotlid", "e773fb98e530c58837b11c61f94653f6fe7e1465", None, "_v3.bin", 1)}
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
 ANSWERS = ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
+# Of evaluate.py's tasks that generate: answers (with run_all.sh's three runs), longest answer and prompt, in tokens.
+ANSWERS_OF = {"mt": (3000, 128, 256), "sum": (3000, 128, 512), "ae2": (2415, 512, 64), "ifeval": (1623, 1280, 768),
+              "gsm8k": (3957, 256, 1792)}
+BATCH_TOKENS = 32768  # run_all.sh's --batch-tokens
 PEAKS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250, "MI300X": 1307}  # dense bf16 TFLOP/s
 
 
@@ -150,13 +156,19 @@ def write_text(path, text):
 def whole(folder):
     """Does a folder hold all files that its provenance.json lists, unchanged?"""
     listed = folder / "provenance.json"
-    return listed.exists() and all(
-        (folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
-        for name, facts in json.loads(listed.read_text()).items())
+    try:
+        return listed.exists() and all(
+            (folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
+            for name, facts in json.loads(listed.read_text()).items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{listed} is damaged ({error!r}): delete {folder} to fetch it anew")
 
 
 def prepare(args):
     from transformers import AutoTokenizer
+    parent = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        fail(f"--out {args.out}: no folder can be made there")
     for lang in ("en", *args.lang):
         if (args.out / lang).exists() and not (args.out / lang / "provenance.json").exists():
             fail(f"{args.out / lang} holds files that are not from here: choose another --out, or complete them")
@@ -195,76 +207,119 @@ def prepare(args):
 def size_of(kind, repo, revision=None, folder=None, part=""):
     """(bytes of the files of a repository, None), or (0, why they cannot be had)."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
+    page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
     try:
         HfApi().auth_check(repo, repo_type=kind)
         tree = HfApi().list_repo_tree(repo, folder, recursive=True, revision=revision, repo_type=kind)
-        return sum(getattr(entry, "size", 0) for entry in tree if part in entry.path), None
+        size = sum(getattr(entry, "size", 0) for entry in tree if part in entry.path)
+        return size, None if size else f"it has no files {folder or ''} {part}"
+    except GatedRepoError:
+        return 0, f"accept its terms at {page} and set HF_TOKEN"
     except (HfHubHTTPError, ValueError) as error:
-        return 0, " ".join(str(error).split())[:160]
+        return 0, f"is there {page}, or does it need HF_TOKEN? {' '.join(str(error).split())[:120]}"
     except (OSError, HTTPError) as error:
         fail(f"the hub does not answer ({error})")
+
+
+def cached(kind, repo, revision=None, folder=None, part=""):
+    """Is a repository in the caches of the hub's client or of datasets? HF_HUB_OFFLINE=1 then does without the hub."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import snapshot_download
+    if (Path(HF_DATASETS_CACHE) / repo.replace("/", "___")).exists():
+        return True
+    try:
+        wanted = f"{folder + '/' if folder else ''}*{part}*"
+        snapshot = snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted,
+                                     local_files_only=True)
+        return any(part in path.name for path in Path(snapshot, folder or "").rglob("*"))
+    except OSError:
+        return False
+
+
+def bytes_below(folder):
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def plan(args):
     """Prints what a run of the paper profile downloads, needs and takes; returns what does not fit."""
     import torch
-    from huggingface_hub.constants import HF_HOME
+    from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
     from transformers import AutoConfig, AutoModelForCausalLM
-    problems, download, lang = [], 0, args.lang[0]
-    wanted = [("dataset", *MADLAD), ("dataset", *FLORES[args.flores], None, "", 1), ("dataset", *XLSUM, None, "", 1),
-              ("dataset", *BELEBELE, None, "", 1), ("dataset", *MMLU, "all", "", 1),
-              ("dataset", *GLOBAL_MMLU, lang, "", 1)]
-    wanted += [EVALUATION[task] for task in args.tasks.split(",") if task in EVALUATION]
-    wanted += [("dataset", *CALIBRATION[args.calibration])] if args.calibration in CALIBRATION else []
+    problems, download, lang, tasks = [], {"dataset": 0, "model": 0}, args.lang[0], args.tasks.split(",")
+    sets = [] if all(whole(args.out / folder) for folder in ("en", lang)) else [  # fetched before, they are not again
+        ("dataset", *FLORES[args.flores], None, "", 1), ("dataset", *XLSUM, None, "", 1),
+        ("dataset", *BELEBELE, None, "", 1), ("dataset", *MMLU, "all", "", 1), ("dataset", *GLOBAL_MMLU, lang, "", 1),
+        EVALUATION["ae2"]]
+    drawn = any((args.runs / lang).glob(f"calibration-{args.calibration}-*.jsonl"))  # score.py reads those again
+    wanted = [("dataset", *MADLAD), *sets]
+    wanted += [EVALUATION[task] for task in tasks if task in EVALUATION and task != "ae2"
+               and (task, args.language_id) != ("codemix", "script")]
+    wanted += [("dataset", *CALIBRATION[args.calibration])] if args.calibration in CALIBRATION and not drawn else []
     wanted += [("model", args.model, None, None, ".safetensors", 1)] if not os.path.isdir(args.model) else []
-    print("download, at most:")
+    print("offline, so all must be in the caches:" if HF_HUB_OFFLINE else "download, at most:")
     for kind, repo, revision, folder, part, share in wanted:
-        size, reason = size_of(kind, repo, revision, folder and folder.replace("LANG", lang), part)
-        download += share * size
-        problems += [f"the hub does not give {repo}"] if reason else []
-        print(f"  {repo:<36} " + (f"not to be had: {reason}" if reason else f"{share * size / 1e9:8.3f} GB"))
+        folder = folder and folder.replace("LANG", lang)
+        there = cached(kind, repo, revision, folder, part)
+        size, reason = (0, None if there else "it is not in the caches, and HF_HUB_OFFLINE is set") \
+            if HF_HUB_OFFLINE else size_of(kind, repo, revision, folder, part)
+        download[kind] += share * size * (not there)
+        problems += [f"{repo}: {reason}"] if reason else []
+        print(f"  {repo:<36} " + ("not to be had" if reason else "in the cache" if there else
+                                  f"{share * size / 1e9:8.3f} GB"))
+    if any(problem.startswith(f"{args.model}: ") for problem in problems):
+        return problems
     try:
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         return [*problems, f"{args.model}: {' '.join(str(error).split())[:300]}"]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
     halved = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)
                  and m is not model.get_output_embeddings()) if args.compact else 0
-    if args.compact and (whole := [m for m in args.methods if re.search("fft|gmt|adalora|lota|row|element", m)]):
+    if args.compact and (whole_ones := [m for m in args.methods if re.search("fft|gmt|adalora|lota|row|element", m)]):
         halved = 0
-        print(f"{' '.join(whole)} cannot be compact, so the memory is that of the masked loop")
+        print(f"{' '.join(whole_ones)} cannot be compact, so the memory is that of the masked loop")
 
     tokens, saved = args.steps * 32 * 512, count * (config.dtype or torch.float32).itemsize
     print(f"train: {' '.join(args.methods)}: {args.models} models of {count:,} parameters, {tokens:,} tokens each")
     print(f"evaluate: {args.tasks}, for the source model and each of these")
-    elements = any("element" in method or "lota" in method for method in args.methods)
-    disks = {HF_HOME: ("downloads, text as Arrow", 4 * download),
-             str(args.runs): ("checkpoints, models, scores", 24 * count + saved * args.models + 5 * count * elements)}
-    for place, (what, size) in disks.items():
+    lota, each = (sum(word in method for method in args.methods) for word in ("lota", "element"))
+    elements = 4 * (bool(lota) + bool(each)) + args.models * (bool(lota) + bool(each))  # scores in fp32, masks
+    disks = {}  # device -> [place, free, what, bytes to come]
+    outputs = 24 * count + saved * (args.models + bool(lota)) + elements * count
+    for place, what, size in (
+            (HF_HOME, "downloads, text as Arrow", 4 * download["dataset"] + download["model"]),
+            (args.runs, "checkpoints, models, scores less what is there", max(0, outputs - bytes_below(args.runs)))):
         folder = next(p for p in (Path(place).absolute(), *Path(place).absolute().parents) if p.exists())
-        free = shutil.disk_usage(folder).free
-        print(f"disk: {size / 1e9:.1f} GB ({what}) of {free / 1e9:.1f} GB free at {folder}")
+        disk = disks.setdefault(folder.stat().st_dev, [folder, shutil.disk_usage(folder).free, [], 0])
+        disk[2].append(what)
+        disk[3] += size
+    for folder, free, what, size in disks.values():
+        print(f"disk: {size / 1e9:.1f} GB ({', '.join(what)}) of {free / 1e9:.1f} GB free at {folder}")
         problems += [f"the disk at {folder} lacks {(size - free) / 1e9:.1f} GB"] if size > free else []
 
-    text = config.get_text_config()  # a micro-batch of 4 x 512 tokens: logits, checkpointed inputs, one layer
-    activations = 2048 * (12 * text.vocab_size + 2 * text.num_hidden_layers * text.hidden_size + 80 * text.hidden_size)
-    state = 16 * (count - halved) + (16 - 14 * args.ratio) * halved
-    copies = 2 * (count - halved)
-    needed = state + copies + activations
+    text = config.get_text_config()  # 4 x 512 tokens: logits, the head's gradient, inputs of all layers, one layer
+    activations = (2048 * (12 * text.vocab_size + 4 * text.num_hidden_layers * text.hidden_size + 80 * text.hidden_size)
+                   + 8 * text.vocab_size * text.hidden_size)
+    needed = (state := 16 * (count - halved) + (16 - 14 * args.ratio) * halved) + activations
     if torch.cuda.is_available():
         has, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
     else:
         has, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, without a CUDA device"
-    print(f"memory: {state / 1e9:.1f} GB of weights, gradients, moments, {copies / 1e9:.1f} of autocast's copy, about "
-          f"{activations / 1e9:.1f} of activations; {name} has {has / 1e9:.1f} GB")
+    print(f"memory: {state / 1e9:.1f} GB of weights, gradients, moments, at least about {activations / 1e9:.1f} of "
+          f"activations; {name} has {has / 1e9:.1f} GB")
     if needed > has:
         problems.append(f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}")
     known = {gpu: peak for gpu, peak in PEAKS.items() if gpu in name} or PEAKS
     hours = ", ".join(f"{8 * count * tokens / (0.4 * peak * 1e12) / 3600:.1f} on {gpu}" for gpu, peak in known.items())
-    print(f"hours to train one of them, at 40% of the peak (computed, not measured): {hours}; and evaluation")
+    print(f"hours to train one of them, at 40% of the peak: {hours}")
+    grown = {task: longest * math.ceil(answers / max(1, BATCH_TOKENS // (longest + prompt)))
+             for task, (answers, longest, prompt) in ANSWERS_OF.items() if task in tasks}
+    print(f"hours to evaluate one of them, at most, and of the answers alone: {0.03 * sum(grown.values()) / 3600:.1f} ("
+          + ", ".join(f"{task} {0.03 * steps / 3600:.1f}" for task, steps in grown.items())
+          + "). All hours are computed, none is measured")
     return problems
 
 
@@ -284,10 +339,14 @@ def main(argv=None):
     add("--compact", action="store_true", help="that train.py --compact trains them")
     add("--ratio", type=float, default=0.5, help="the smallest share of columns frozen (default: 0.5)")
     add("--tasks", default="mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix", help="of evaluate.py")
+    add("--language-id", choices=["glotlid", "script"], default="glotlid", help="of evaluate.py")
     args = parser.parse_args(argv)
+    try:
+        problems = plan(args) if args.plan else prepare(args)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(error)
     if not args.plan:
-        return prepare(args)
-    problems = plan(args)
+        return 0
     for problem in problems:
         print(f"does not fit: {problem}")
     return 2 if problems else 0

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 
+import huggingface_hub
 import numpy as np
 import pandas
 import pyarrow as pa
@@ -116,7 +118,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line(what, served, olmo2, 
             (served / repo / ".gated").touch()
         with pytest.raises(SystemExit) as stopped:
             if repo == TULU:
-                score.main(["--model", str(olmo2), *main, "--out", str(tmp_path / "s.safetensors")])
+                score.main(["--model", str(olmo2), *main, "--seq-len", "64", "--out", str(tmp_path / "s.safetensors")])
             else:
                 train.main(["--model", str(olmo2), *main, "--out", str(tmp_path / "out")])
         lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -320,6 +322,7 @@ def test_plan_says_what_does_not_fit(paper_sets, tmp_path, monkeypatch, capsys):
     large = config | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2000}
     (HUB / "models/someone/large").mkdir()
     (HUB / "models/someone/large/config.json").write_text(json.dumps(large))
+    (HUB / "models/someone/large/model.safetensors").write_bytes(b"weights")
     argv[argv.index("someone/tiny")] = "someone/large"
     assert prepare_paper.main([*argv, "--flores", "gated"]) == 2
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
@@ -327,7 +330,52 @@ def test_plan_says_what_does_not_fit(paper_sets, tmp_path, monkeypatch, capsys):
     assert all(word in line for word, line in zip(("flores_plus", "disk", "training takes"), problems, strict=True))
     argv[argv.index("someone/large")] = "someone/nothing"
     assert prepare_paper.main(argv) == 2
-    assert "does not fit: someone/nothing" in capsys.readouterr().out
+    (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
+    assert "someone/nothing: is there" in problem and "HF_TOKEN" in problem
+
+
+def test_plan_counts_one_disk_once_and_what_is_there_not_at_all(paper_sets, tmp_path, monkeypatch, capsys):
+    put_tulu(paper_sets)
+    put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
+    argv = ["ig", "--plan", "--model", "someone/tiny", "--steps", "10", "--runs", str(tmp_path / "runs"), "--tasks",
+            "mt,ae2,codemix", "--out", str(tmp_path / "data")]
+
+    def planned(*more):
+        code, out = prepare_paper.main([*argv, *more]), capsys.readouterr().out
+        (said,) = re.findall(r"disk: ([\d.]+) GB", out)
+        return code, out, float(said)
+    assert planned()[0] == 2  # GlotLID cannot be had, and --language-id script needs none
+    argv += ["--language-id", "script", "--models", "100000"]
+    with open(paper_sets / MADLAD / "data/ig/ig_clean_0009.jsonl.gz", "wb") as file:
+        file.truncate(3 * 10**9)
+    code, out, said = planned()
+    assert code == 0 and "glotlid" not in out and "(mt 0.0, ae2 0.2)" in out
+    count = sum(tensor.numel() for tensor in load_file(HUB / "models/someone/tiny/model.safetensors").values())
+    assert said == pytest.approx((4 * 3e9 + 4 * count * 100_000) / 1e9, abs=0.2) and said > 20
+    (tmp_path / "runs").mkdir()
+    with open(tmp_path / "runs/state.safetensors", "wb") as file:
+        file.truncate(5 * 10**9)
+    assert planned()[2] == pytest.approx(said - 5, abs=0.11)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=15 * 10**9))
+    code, out, _ = planned()  # downloads alone would fit, and so would the models
+    assert code == 2 and out.count("does not fit: the disk at") == out.count("does not fit:") == 1
+
+
+def test_offline_the_plan_asks_the_caches(paper_sets, tmp_path, monkeypatch, capsys):
+    put_madlad(paper_sets, "ig", [f"{i}" for i in range(30)])
+    argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
+    plan = [*argv, "--plan", "--steps", "10", "--runs", str(tmp_path / "runs"), "--tasks", "mt", "--calibration", "x"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert prepare_paper.main(plan) == 2
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
+    assert len(problems) == 8 and all("not in the caches" in line for line in problems)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    prepare_paper.main(argv)
+    train.madlad("ig")
+    huggingface_hub.snapshot_download("someone/tiny")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, out = prepare_paper.main(plan), capsys.readouterr().out
+    assert code == 0 and out.count(" in the cache\n") == 2, out
 
 
 def put_glotlid(words):
