@@ -9,6 +9,7 @@ import sys
 import types
 from collections import Counter
 
+import datasets
 import huggingface_hub
 import numpy as np
 import pandas
@@ -365,15 +366,19 @@ def test_offline_the_plan_asks_the_caches(paper_sets, tmp_path, monkeypatch, cap
     put_madlad(paper_sets, "ig", [f"{i}" for i in range(30)])
     argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
     plan = [*argv, "--plan", "--steps", "10", "--runs", str(tmp_path / "runs"), "--tasks", "mt", "--calibration", "x"]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def set_offline(value):
+        for module in (huggingface_hub.constants, datasets.config):
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", value)
+    set_offline(True)
     assert prepare_paper.main(plan) == 2
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
     assert len(problems) == 8 and all("not in the caches" in line for line in problems)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    set_offline(False)
     prepare_paper.main(argv)
     train.madlad("ig")
     huggingface_hub.snapshot_download("someone/tiny")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_offline(True)
     code, out = prepare_paper.main(plan), capsys.readouterr().out
     assert code == 0 and out.count(" in the cache\n") == 2, out
 

@@ -26,7 +26,7 @@ def test_usage_names_the_five_languages(argv):
 @pytest.mark.parametrize("setting,value", [
     ("METHODS", "fft ssu-best"), ("PROFILE", "large"), ("STEPS", "many"), ("SEED", "-1"), ("RATIOS", "0.5 2"),
     ("PRECISION", "int8"), ("CALIBRATION", "nowhere"), ("NUM_SAMPLES", "0"), ("TASKS", "bpb,mtt"),
-    ("MODEL", "./nowhere"), ("DATA_DIR", "nowhere"), ("MODEL", "with spaces")])
+    ("MODEL", "./nowhere"), ("DATA_DIR", "nowhere"), ("MODEL", "with spaces"), ("LANGUAGE_ID", "nonsense")])
 def test_bad_settings_are_refused_before_anything_is_deleted(setting, value, folder, tmp_path):
     settings = dict(RUNS=str(tmp_path), MODEL=str(folder / "model"), DATA_DIR=str(folder / "data")) | {setting: value}
     kept = tmp_path / "ne/source/eval.json"
@@ -93,7 +93,17 @@ def test_every_method_by_name_and_two_ratios(folder):
     assert set(everything.split()) - masks.keys() == {"fft", "adalora", "gmt"}
     assert {m: masks[m]["ratio"] for m in ("lota-90", "lota-50", "s2ft-down", "hft", "ssu-fim")} == {
         "lota-90": "0.9", "lota-50": "0.5", "s2ft-down": "0.985", "hft": "0.5", "ssu-fim": "0.5"}
-    assert masks["lota-90"]["freeze"] == "lowest" and masks["ssu-wanda-row"]["axis"] == "row"
+    assert masks["lota-90"]["freeze"] == "lowest"
+    assert {m: (masks[m]["method"], masks[m]["axis"]) for m in masks} == {
+        "hft": ("hft", "module"), "ssu-rand": ("random", "column"), "ssu-mag": ("magnitude", "column"),
+        "ssu-wanda": ("wanda", "column"), "ssu-sparsegpt": ("sparsegpt", "column"), "ssu-fim": ("fim", "column"),
+        "ssu-wanda-row": ("wanda", "row"), "ssu-wanda-element": ("wanda", "element"), "lota-90": ("delta", "element"),
+        "lota-50": ("delta", "element"), "s2ft-down": ("s2ft-down", "column"),
+        "s2ft-down-output": ("s2ft-down-output", "column")}
+    methods = {m: json.loads((run / m / "train.jsonl").read_text().splitlines()[0])["settings"] for m in
+               ("fft", "gmt", "adalora")}
+    assert {m: (s["adalora"], s["gmt_ratio"], s["mask"]) for m, s in methods.items()} == {
+        "fft": (False, None, None), "gmt": (False, 0.5, None), "adalora": (True, None, methods["adalora"]["mask"])}
     log = [json.loads(line) for line in (run / "lota-calibration/train.jsonl").read_text().splitlines()]
     assert log[0]["settings"]["steps"] == 100
 
