@@ -29,3 +29,5 @@ fi
 # fast on two AMD EPYC cores (SmolLM2-135M, 8 x 128 tokens a step).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 export HF_HUB_DISABLE_TELEMETRY=1
+# On a GPU: memory freed by activations can be had again in other sizes, as the moments need in the first step.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

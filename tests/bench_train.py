@@ -7,14 +7,15 @@
 fft, masked, compact, no-master: train.py's own loop (half of the columns frozen; AdaLoRA and GMT are in
 bench_methods.py). compact-plain: compact, and no gradient checkpointing where the others have it.
 trainer: transformers.Trainer on a model in the precision of --precision, masks of full size in gradient hooks, as the
-authors' released code is described. lora: peft's LoRA, r = 8 on every matrix, in train.py's loop: what one would take
-instead. Weights and text are random, nothing is downloaded. In each round every way runs in a process of its own; the
-first step is warm-up and the median of the others counts. The table has medians over the rounds, and of the ratio to
-masked in the same round the median with the smallest and largest. State is counted: weights, masters, gradients,
-moments, masks. Peak memory is that of torch's allocator on a GPU; on a CPU it is the process's, of which a third of a
-GB is Python's and more is freed memory that malloc keeps (MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back). MFU
-counts 6 floating-point operations a parameter (but the input embeddings') and token, and attention, over the peak of
-the device where it is known; compact computes a sixth less than that.
+authors' released code is described; with bf16 its moments are bf16 too. lora: peft's LoRA, r = 8 on every matrix, in
+train.py's loop, on a base in the precision of --precision: what one would take instead. Weights and text are random,
+nothing is downloaded. In each round every way runs in a process of its own; the first step is warm-up and the median of
+the others counts. The table has medians over the rounds, and of the ratio to the first way in the same round the median
+with the smallest and largest. State is counted: weights, masters, gradients, moments, masks. Peak memory is that of
+torch's allocator on a GPU; on a CPU it is the process's, of which a third of a GB is Python's and more is freed memory
+that malloc keeps (MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back). MFU counts 6 floating-point operations a
+parameter (but the input embeddings') and token, and attention, over the peak of the device where it is known; compact
+computes a sixth less than that.
 """
 import argparse
 import json
@@ -116,7 +117,7 @@ def trainer(args, model, masks, out):
 
 def worker(args):
     """Prints {"seconds": a step, "bytes": peak, "state": bytes, "flops": a token} of one way, as the last line."""
-    low = args.precision == "bf16" and args.worker in ("trainer", "no-master")
+    low = args.precision == "bf16" and args.worker in ("trainer", "no-master", "lora")  # peft's adapters stay fp32
     with torch.device(args.device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=torch.bfloat16 if low else torch.float32)
@@ -160,24 +161,31 @@ def main():
             and not (way == "no-master" and args.precision == "fp32")]
     found = {way: [] for way in ways}
     for _ in tqdm(range(args.rounds), unit="round"):
-        for way in ways:
+        for way in list(found):
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", way]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
+            if "out of memory" in done.stderr.lower():
+                found.pop(way, None)
+                print(f"{way}: out of memory")
+            elif done.returncode:
                 sys.exit(f"bench_train.py: {way} failed: {done.stderr[-1500:]}")
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+            else:
+                found[way].append(json.loads(done.stdout.splitlines()[-1]))
+    if not found:
+        sys.exit("bench_train.py: nothing fits into the memory")
+    first = next(iter(found))
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = next((value for name, value in PEAKS.items() if name in device), None)
     tokens = args.batch_size * args.seq_len
     print(f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a step in micro-batches of "
           f"{args.micro_batch_size}, gradient checkpointing: {args.gradient_checkpointing}; {device}; torch "
-          f"{torch.__version__}\n\n| | s a step (fastest) | to {ways[0]} | state GB | peak GB | to {ways[0]} | "
+          f"{torch.__version__}\n\n| | s a step (fastest) | to {first} | state GB | peak GB | to {first} | "
           "tokens/s | MFU |\n|" + "---|" * 8)
     for way, runs in found.items():
         cells = [way]
         for key, unit in (("seconds", 1), ("bytes", 1e9)):
             cells += [f"{runs[0]['state'] / 1e9:.2f}"] * (key == "bytes")
-            ratios = sorted(a[key] / b[key] for a, b in zip(runs, found[ways[0]], strict=True))
+            ratios = sorted(a[key] / b[key] for a, b in zip(runs, found[first], strict=True))
             fastest = f" ({min(run[key] for run in runs):.2f})" if key == "seconds" else ""
             cells += [f"{statistics.median(run[key] for run in runs) / unit:.2f}" + fastest,
                       f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]
