@@ -9,7 +9,6 @@ import sys
 import types
 from collections import Counter
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pandas
@@ -362,25 +361,20 @@ def test_plan_counts_one_disk_once_and_what_is_there_not_at_all(paper_sets, tmp_
     assert code == 2 and out.count("does not fit: the disk at") == out.count("does not fit:") == 1
 
 
-def test_offline_the_plan_asks_the_caches(paper_sets, tmp_path, monkeypatch, capsys):
+def test_offline_the_plan_asks_the_caches(paper_sets, tmp_path):
     put_madlad(paper_sets, "ig", [f"{i}" for i in range(30)])
     argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
-    plan = [*argv, "--plan", "--steps", "10", "--runs", str(tmp_path / "runs"), "--tasks", "mt", "--calibration", "x"]
-
-    def set_offline(value):
-        for module in (huggingface_hub.constants, datasets.config):
-            monkeypatch.setattr(module, "HF_HUB_OFFLINE", value)
-    set_offline(True)
-    assert prepare_paper.main(plan) == 2
-    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
-    assert len(problems) == 8 and all("not in the caches" in line for line in problems)
-    set_offline(False)
+    plan = [sys.executable, ROOT / "data/prepare_paper.py", *argv, "--plan", "--steps", "10", "--runs",
+            tmp_path / "runs", "--tasks", "mt", "--calibration", "x"]
+    offline = dict(capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "true"})
+    done = subprocess.run(plan, **offline)
+    problems = [line for line in done.stdout.splitlines() if line.startswith("does not fit: ")]
+    assert done.returncode == 2 and len(problems) == 8 and all("not in the caches" in line for line in problems)
     prepare_paper.main(argv)
     train.madlad("ig")
     huggingface_hub.snapshot_download("someone/tiny")
-    set_offline(True)
-    code, out = prepare_paper.main(plan), capsys.readouterr().out
-    assert code == 0 and out.count(" in the cache\n") == 2, out
+    done = subprocess.run(plan, **offline)
+    assert done.returncode == 0 and done.stdout.count(" in the cache\n") == 2, done.stdout
 
 
 def put_glotlid(words):
