@@ -35,6 +35,8 @@ def served():
     """The folder of the stand-in's data sets, empty, and nothing in the clients' caches."""
     shutil.rmtree(HUB, ignore_errors=True)
     HfFileSystem.clear_instance_cache()
+    if listings := sys.modules.get("huggingface_hub._tree_cache"):  # of commits, whose files never change on the hub
+        listings._IN_MEMORY_TREE_CACHE.clear()
     REQUESTS.clear()
     (HUB / "datasets").mkdir(parents=True)
     return HUB / "datasets"
@@ -114,7 +116,7 @@ def test_alpaca_reads_as_the_authors_format_it(served, olmo2, tmp_path):
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(what, served, olmo2, tmp_path, capsys):
     for repo, main in ((TULU, ["--data", "tulu"]), (MADLAD, ["--data", "madlad:ky"])):
         if what == "gated":
-            put_tulu(served) if repo == TULU else [put_madlad(served, lang, TEXT) for lang in ("ky", "ne")]
+            put_tulu(served) if repo == TULU else put_madlad(served, "ky", TEXT)
             (served / repo / ".gated").touch()
         with pytest.raises(SystemExit) as stopped:
             if repo == TULU:
