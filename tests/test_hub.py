@@ -499,7 +499,8 @@ def test_smollm2_scores_as_lm_eval_and_sacrebleu_do(tmp_path):
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=str(tmp_path / "model"), dtype="float32", device="cpu", batch_size=1)
     right = Counter()
-    for record in [r for r in items if r["task"] in ("mcq", "mmlu") and r["side"] == "source"]:
+    kinds = ("mcq", "source"), ("mmlu", "source"), ("mmlu", "target")
+    for record in [r for r in items if (r["task"], r["side"]) in kinds]:
         options = [*"ABCD"] if record["task"] == "mmlu" else record["options"]
         # lm-eval scores the line break before an answer with the answer, and not the prompt's first token
         prompt, line = record["prompt"].rstrip("\n"), record["prompt"][len(record["prompt"].rstrip("\n")):]
@@ -509,17 +510,18 @@ def test_smollm2_scores_as_lm_eval_and_sacrebleu_do(tmp_path):
         assert [nats - before for nats in found] == pytest.approx(record["scores"]["loglik"], abs=2e-3)
         lengths = [len(option) if record["task"] == "mcq" else 1 for option in options]
         scores = [(nats - before) / n for nats, n in zip(found, lengths, strict=True)]
-        right[record["task"]] += "ABCD"[scores.index(max(scores))] == record["reference"]
-    assert {task: n / 16 for task, n in right.items()} == {
-        task: results[task]["source"]["accuracy"] for task in ("mcq", "mmlu")}
+        right[record["task"], record["side"]] += "ABCD"[scores.index(max(scores))] == record["reference"]
+    assert {kind: right[kind] / 16 for kind in kinds} == {
+        (task, side): results[task][side]["accuracy"] for task, side in kinds}
     for side in ("source", "target"):
         chosen = [r for r in items if r["task"] == "mt" and r["side"] == side]
         for name in ("prediction", "reference"):
             (tmp_path / name).write_text("".join(r[name] + "\n" for r in chosen))
-        printed = subprocess.run([
-            sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "prediction", "-m", "chrf",
-            "--chrf-word-order", "2", "-w", "6", "-b"], capture_output=True, text=True)
-        assert float(printed.stdout) == pytest.approx(results["mt"][side]["chrf_corpus"], abs=1e-6)
+        command = [sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "prediction", "-m", "chrf",
+                   "--chrf-word-order", "2", "-w", "6", "-b"]
+        for more, key in (([], "chrf_corpus"), (["--sentence-level"], "chrf")):
+            printed = subprocess.run([*command, *more], capture_output=True, text=True).stdout.split()
+            assert sum(map(float, printed)) / len(printed) == pytest.approx(results["mt"][side][key], abs=1e-5)
 
 
 def test_foreign_files_are_not_overwritten(paper_sets, tmp_path, capsys):
