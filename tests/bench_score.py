@@ -1,10 +1,11 @@
 """Wanda's scores in one forward pass: how much longer than the bare pass? Paired, taking turns in one process.
 
-    python tests/bench_score.py                  # SmolLM2's shape: minutes on two cores
+    . ./setup.sh; python tests/bench_score.py    # SmolLM2's shape: minutes on two cores
     python tests/bench_score.py --shape 7B --samples 32 --seq-len 2048 --batch-size 4
 
 score.py's own input_norms against the decoder alone on the same random tokens and weights, in score.py's default
-precision for the device. Every round gives one ratio; on a noisy machine the fastest passes tell more. Memory is the
+precision for the device. setup.sh sets malloc as run_all.sh does; without it the scores cost a CPU three times as much,
+in page faults. Every round gives one ratio; on a noisy machine the fastest passes tell more. Memory is the
 most that either adds, where torch counts it.
 """
 import argparse

@@ -1,6 +1,6 @@
 """One training step, its time and peak memory: full fine-tuning, masked, compact, and two other ways, in paired runs.
 
-    python tests/bench_train.py --precision fp32                          # SmolLM2's shape: half an hour on two cores
+    . ./setup.sh; python tests/bench_train.py --precision fp32            # SmolLM2's shape: ten minutes on two cores
     python tests/bench_train.py --shape 7B --batch-size 32 --seq-len 512 --micro-batch-size 4 --ways compact
     python tests/bench_train.py --shape 1B --batch-size 32 --seq-len 512 --gradient-checkpointing auto
 
@@ -13,7 +13,7 @@ nothing is downloaded. In each round every way runs in a process of its own; the
 the others counts. The table has medians over the rounds, and of the ratio to the first way in the same round the median
 with the smallest and largest. State is counted: weights, masters, gradients, moments, masks. Peak memory is that of
 torch's allocator on a GPU; on a CPU it is the process's, of which a third of a GB is Python's and more is freed memory
-that malloc keeps (MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back). MFU counts 6 floating-point operations a
+that malloc keeps, as setup.sh makes it do for speed. MFU counts 6 floating-point operations a
 parameter (but the input embeddings') and token, and attention, over the peak of the device where it is known; compact
 computes a sixth less than that.
 """
