@@ -503,7 +503,8 @@ class SelectedColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, updated, columns):
         x = x.to(weight.dtype)  # as autocast does
-        ctx.save_for_backward(x.flatten(0, -2).index_select(1, columns), weight)  # [tokens, k]
+        flat = x.flatten(0, -2)  # [tokens, d_in]; on a CPU gather is five times as fast as index_select in bf16
+        ctx.save_for_backward(flat.gather(1, columns.expand(len(flat), -1)), weight)  # [tokens, k]
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -598,7 +599,7 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
             bits = master.view(torch.int32)
             bits.add_(torch.randint_like(bits, 0, 2**16)).bitwise_and_(-(2**16))
         rounded = master.to(weight.dtype)
-        weight.copy_(rounded) if columns is None else weight.index_copy_(1, columns, rounded)
+        weight.copy_(rounded) if columns is None else weight.scatter_(1, columns.expand(len(weight), -1), rounded)
         if not keeps_master:
             master.data = master.new_empty(0)
 

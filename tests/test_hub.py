@@ -517,8 +517,8 @@ def test_smollm2_scores_as_lm_eval_and_sacrebleu_do(tmp_path):
         chosen = [r for r in items if r["task"] == "mt" and r["side"] == side]
         for name in ("prediction", "reference"):
             (tmp_path / name).write_text("".join(r[name] + "\n" for r in chosen))
-        command = [sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "prediction", "-m", "chrf",
-                   "--chrf-word-order", "2", "-w", "6", "-b"]
+        command = [sys.executable, "-m", "sacrebleu", tmp_path / "reference", "-i", tmp_path / "prediction", "-m",
+                   "chrf", "--chrf-word-order", "2", "-w", "6", "-b"]
         for more, key in (([], "chrf_corpus"), (["--sentence-level"], "chrf")):
             printed = subprocess.run([*command, *more], capture_output=True, text=True).stdout.split()
             assert sum(map(float, printed)) / len(printed) == pytest.approx(results["mt"][side][key], abs=1e-5)
