@@ -1,6 +1,7 @@
 """The driver: a small end-to-end run of the real scripts through run_all.sh, and its refusals."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def folder(tmp_path_factory):
 
 
 def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
-    settings = dict(MODEL=str(folder / "model"), DATA_DIR=str(folder / "data"), RUNS=str(folder / "runs"), STEPS="2",
+    data = shutil.copytree(folder / "data", folder / "changing")
+    settings = dict(MODEL=str(folder / "model"), DATA_DIR=str(data), RUNS=str(folder / "runs"), STEPS="2",
                     METHODS="ssu-wanda")
     done = run_all("ne", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,8 +71,8 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
     again = run_all("ne", **settings)
     assert again.returncode == 0 and again.stdout.count("done before:") == 5 and "\n+ " not in again.stdout
 
-    (folder / "data/ne/train.jsonl").write_text((folder / "data/ne/train.jsonl").read_text() + '{"text": "more"}\n')
-    (folder / "data/ne/mmlu.test.jsonl").unlink()
+    (data / "ne/train.jsonl").write_text((data / "ne/train.jsonl").read_text() + '{"text": "more"}\n')
+    (data / "ne/mmlu.test.jsonl").unlink()
     changed = run_all("ne", TASKS="bpb", COMPACT="1", **settings)
     assert changed.returncode == 0, changed.stderr[-3000:]
     assert json.loads((run / "source/eval.json").read_text())["results"].keys() == {"bpb"}
