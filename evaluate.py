@@ -715,10 +715,10 @@ def read_evals(folders, chosen):
             try:
                 with open(path, encoding="utf-8") as file:
                     found = json.load(file)
-                settings, _ = found["settings"] | {"lang": found["lang"]}, found["results"].items()
-                if (found["format"], found["version"]) != ("ssu-eval", 1):
+                settings = found["settings"] | {"lang": found["lang"]}
+                if (found["format"], found["version"], type(found["results"])) != ("ssu-eval", 1, dict):
                     raise ValueError("another format or version")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 fail(f"{path} cannot be read ({error}): remake it with evaluate.py --model ... --out {path}")
             first = first or settings
             seed = seeds.setdefault(folder, settings["seed"])  # may differ from one run folder to the next

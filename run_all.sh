@@ -73,7 +73,7 @@ echo "$PROFILE profile ($why): $what; $PRECISION ($best is the faster one on thi
 . ./setup.sh requirements.txt data/requirements.txt
 if [ $PROFILE = paper ]; then  # does it fit, can it be had? If not, it ends here
     python data/prepare_paper.py "$lang" --plan --model "$MODEL" --out "$DATA_DIR" --flores "$FLORES" --runs "$RUNS" \
-        --calibration "$CALIBRATION" --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) \
+        --calibration "$CALIBRATION" --seed "$SEED" --methods $METHODS --models $(($(wc -w <<< "$METHODS") * $(wc -w <<< "$RATIOS"))) \
         --steps "$STEPS" --ratio "$(tr ' ' '\n' <<< "$RATIOS" | grep . | sort -g | head -1)" \
         --tasks "$TASKS" --language-id "$LANGUAGE_ID" $COMPACT
 elif [ -n "$dry_run" ]; then
@@ -116,22 +116,19 @@ if [[ " $DATA_DIR $MODEL" = *" data/embedded"* ]]; then
     stage data/embedded/provenance.json "data/udhr.jsonl data/requirements.txt" python data/prepare_embedded.py
 fi
 if [ $PROFILE = paper ]; then
-    texts="$en/xlsum.jsonl $target/xlsum.jsonl" needed=$CALIBRATION
-    case $CALIBRATION in tulu|alpaca) needed= ;; esac
-    needed+=" $texts"
+    texts="$en/xlsum.jsonl $target/xlsum.jsonl"
     train="python train.py --model $MODEL --data madlad:$lang --gradient-checkpointing auto --precision $PRECISION \
 --seed $SEED --source-eval $en/xlsum.jsonl --target-eval $target/xlsum.jsonl --eval-every $save_every"
     evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --dtype $dtype --tasks $TASKS --batch-tokens 32768"
 else
     texts="$target/train.jsonl $en/heldout.jsonl $target/heldout.jsonl"
-    needed=$texts
-    case $CALIBRATION in tulu|alpaca) ;; *) needed+=" $CALIBRATION" ;; esac
     train="python train.py --model $MODEL --data $target/train.jsonl --batch-size $batch_size --micro-batch-size 8 \
 --seq-len 128 --lr 5e-4 --precision $PRECISION --seed $SEED --eval-every 16 --eval-tokens 4096 \
 --source-eval $en/heldout.jsonl --target-eval $target/heldout.jsonl"
     evaluate="python evaluate.py --lang $lang --data-dir $DATA_DIR --num-samples 100 --greedy --max-new-tokens 32 \
 --batch-tokens 16384 --dtype $dtype --tasks $TASKS"
 fi
+case $CALIBRATION in tulu|alpaca) needed=$texts ;; *) needed="$CALIBRATION $texts" ;; esac
 for task in ${TASKS//,/ }; do case $task in
     mcq) needed+=" $en/mmlu.test.jsonl $target/mmlu.test.jsonl" ;;
     mt) needed+=" $target/flores.dev.jsonl $target/flores.devtest.jsonl" ;;

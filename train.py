@@ -497,14 +497,18 @@ def source_parameters(model):
             for name, p in model.named_parameters() if ".lora_" not in name and ".ranknum." not in name]
 
 
+def take(x, columns):
+    """x [n, d] -> its columns [n, k]. On a CPU gather is five times as fast as index_select in bf16."""
+    return x.gather(1, columns.expand(len(x), -1))
+
+
 class SelectedColumns(torch.autograd.Function):
     """x W^T + b, W [d_out, d_in], of which only some `columns` are trained: the gradient is computed for these alone,
     gy^T x[:, columns], [d_out, k]. `updated` has that shape, but no storage, and receives it."""
     @staticmethod
     def forward(ctx, x, weight, bias, updated, columns):
         x = x.to(weight.dtype)  # as autocast does
-        flat = x.flatten(0, -2)  # [tokens, d_in]; on a CPU gather is five times as fast as index_select in bf16
-        ctx.save_for_backward(flat.gather(1, columns.expand(len(flat), -1)), weight)  # [tokens, k]
+        ctx.save_for_backward(take(x.flatten(0, -2), columns), weight)  # [tokens, k]
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -547,7 +551,7 @@ def make_leaves(model, masks, args):
             continue
         weight, columns, kept = module.weight.requires_grad_(False), masks[name][0].nonzero()[:, 0], None
         if args.precision == "bf16" and args.master == "fp32":
-            kept = weight.detach().index_select(1, columns)
+            kept = take(weight.detach(), columns)
             weight.data = weight.data.bfloat16()
         weight.data, columns = weight.data.to(device), columns.to(device)
         if len(columns):
@@ -586,7 +590,7 @@ def step_leaves(leaves, lr, weight_decay, scale, stochastic):
                      "train without --compact")
             continue
         if not keeps_master:
-            part = weight.detach() if columns is None else weight.detach().index_select(1, columns)
+            part = weight.detach() if columns is None else take(weight.detach(), columns)
             master.data = part.to(master.dtype, copy=columns is None)
         if weight.dim() > 1 and weight_decay:
             master.mul_(1 - lr * weight_decay * mask)

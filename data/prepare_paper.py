@@ -251,7 +251,7 @@ def plan(args):
         ("dataset", *FLORES[args.flores], None, "", 1), ("dataset", *XLSUM, None, "", 1),
         ("dataset", *BELEBELE, None, "", 1), ("dataset", *MMLU, "all", "", 1), ("dataset", *GLOBAL_MMLU, lang, "", 1),
         EVALUATION["ae2"]]
-    drawn = any((args.runs / lang).glob(f"calibration-{args.calibration}-*.jsonl"))  # score.py reads those again
+    drawn = (args.runs / lang / f"calibration-{args.calibration}-{args.seed}.jsonl").exists()  # score.py reads it again
     wanted = [("dataset", *MADLAD), *sets]
     wanted += [EVALUATION[task] for task in tasks if task in EVALUATION and task != "ae2"
                and (task, args.language_id) != ("codemix", "script")]
@@ -285,10 +285,10 @@ def plan(args):
     tokens, saved = args.steps * 32 * 512, count * (config.dtype or torch.float32).itemsize
     print(f"train: {' '.join(args.methods)}: {args.models} models of {count:,} parameters, {tokens:,} tokens each")
     print(f"evaluate: {args.tasks}, for the source model and each of these")
-    lota, each = (sum(word in method for method in args.methods) for word in ("lota", "element"))
-    elements = 4 * (bool(lota) + bool(each)) + args.models * (bool(lota) + bool(each))  # scores in fp32, masks
+    lota, element = (any(word in method for method in args.methods) for word in ("lota", "element"))
+    of_elements = (lota + element) * (4 + args.models) * count  # scores in fp32, and the masks
+    outputs = 24 * count + saved * (args.models + lota) + of_elements
     disks = {}  # device -> [place, free, what, bytes to come]
-    outputs = 24 * count + saved * (args.models + bool(lota)) + elements * count
     for place, what, size in (
             (HF_HOME, "downloads, text as Arrow", 4 * download["dataset"] + download["model"]),
             (args.runs, "checkpoints, models, scores less what is there", max(0, outputs - bytes_below(args.runs)))):
@@ -335,6 +335,7 @@ def main(argv=None):
     add("--models", type=int, default=2, help="how many models the run saves (default: 2)")
     add("--steps", type=int, default=12208)
     add("--calibration", default="tulu")
+    add("--seed", type=int, default=42, help="that drew the calibration text")
     add("--runs", type=Path, default=Path("runs"))
     add("--compact", action="store_true", help="that train.py --compact trains them")
     add("--ratio", type=float, default=0.5, help="the smallest share of columns frozen (default: 0.5)")

@@ -13,9 +13,8 @@ nothing is downloaded. In each round every way runs in a process of its own; the
 the others counts. The table has medians over the rounds, and of the ratio to the first way in the same round the median
 with the smallest and largest. State is counted: weights, masters, gradients, moments, masks. Peak memory is that of
 torch's allocator on a GPU; on a CPU it is the process's, of which a third of a GB is Python's and more is freed memory
-that malloc keeps, as setup.sh makes it do for speed. MFU counts 6 floating-point operations a
-parameter (but the input embeddings') and token, and attention, over the peak of the device where it is known; compact
-computes a sixth less than that.
+that malloc keeps, as setup.sh makes it do for speed. MFU counts 6 floating-point operations a parameter (but the input
+embeddings') and token, and attention, over the peak of the device where it is known; compact computes a sixth less.
 """
 import argparse
 import json

@@ -578,5 +578,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
     refused = run_all("ig", **settings | {"STEPS": "3"})  # a finished model is not replaced
     assert refused.returncode == 2 and "was made with other settings" in refused.stderr
     assert (run / "ssu-wanda/model/model.safetensors").read_bytes() == before
+    other = run_all("ig", **settings | {"FLORES": "ungated"})
+    assert other.returncode == 2 and "holds the other FLORES+" in other.stderr
     again = run_all("ig", HF_HUB_OFFLINE="1", **settings)
     assert again.returncode == 0 and again.stdout.count("done before:") == 5, again.stderr[-3000:]
