@@ -1,0 +1,247 @@
+"""The paper's data sets in miniature on the stand-in hub, for the tests that fetch them."""
+
+import gzip
+import json
+import shutil
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TEXT
+from hub import HUB, REQUESTS
+from huggingface_hub import HfFileSystem
+
+TULU, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "allenai/MADLAD-400"
+
+
+@pytest.fixture
+def served():
+    """The folder of the stand-in's data sets, empty, and nothing in the clients' caches."""
+    shutil.rmtree(HUB, ignore_errors=True)
+    HfFileSystem.clear_instance_cache()
+    if listings := sys.modules.get(
+        "huggingface_hub._tree_cache"
+    ):  # of commits, whose files never change on the hub
+        listings._IN_MEMORY_TREE_CACHE.clear()
+    REQUESTS.clear()
+    (HUB / "datasets").mkdir(parents=True)
+    return HUB / "datasets"
+
+
+def put_parquet(folder, rows, shards, group):
+    folder.mkdir(parents=True)
+    size = len(rows) // shards
+    for i in range(shards):
+        pq.write_table(
+            pa.Table.from_pylist(rows[i * size : (i + 1) * size]),
+            folder / f"train-{i:05}-of-{shards:05}.parquet",
+            row_group_size=group,
+        )
+
+
+def put_tulu(served, rows=600):
+    chats = [
+        {
+            "id": f"sft_{i}",
+            "source": "somewhere",
+            "messages": [
+                {"role": "user", "content": f"{i} {TEXT[i % 5]}?"},
+                {"role": "assistant", "content": TEXT[(i + 1) % 5]},
+            ],
+        }
+        for i in range(rows)
+    ]
+    put_parquet(served / TULU / "data", chats, shards=3, group=10)
+    return chats
+
+
+def put_madlad(served, lang, documents):
+    folder = served / MADLAD / "data" / lang
+    folder.mkdir(parents=True)
+    for i in range(2):
+        with gzip.open(folder / f"{lang}_clean_{i:04}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents[i::2])
+        with gzip.open(folder / f"{lang}_noisy_{i:04}.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"text": "noise"}) + "\n")
+
+
+def configs(folder, found):
+    """A data set's README with its configurations, as the hub has it: {config: {split: path}}."""
+    lines = ["---", "configs:"]
+    for name, splits in found.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split, path in splits.items():
+            lines += [f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def put_rows(folder, path, rows):
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / path)
+
+
+@pytest.fixture
+def paper_sets(served, olmo2):
+    """The paper's evaluation sets in miniature, each in the layout that it has on the hub."""
+    codes = {"en": ("eng_Latn", "english"), "ig": ("ibo_Latn", "igbo")}
+    plus, copy = served / "openlanguagedata/flores_plus", served / "mteb/FloresBitextMining"
+    for code, _ in codes.values():
+        for split in ("dev", "devtest"):
+            put_rows(
+                plus,
+                f"{split}/{code}.parquet",
+                [{"id": i, "text": f"{code} {split} {i}"} for i in range(600)],
+            )
+    configs(
+        plus,
+        {
+            code: {split: f"{split}/{code}.parquet" for split in ("dev", "devtest")}
+            for code, _ in codes.values()
+        },
+    )
+    (plus / ".gated").touch()
+    put_rows(
+        copy,
+        "data/devtest.parquet",
+        [{code: f"{code} {i}" for code, _ in codes.values()} for i in range(600)],
+    )
+    configs(copy, {"default": {"devtest": "data/devtest.parquet"}})
+    for lang, (code, name) in codes.items():
+        for split, n in (("test", 5), ("validation", 3)):
+            put_rows(
+                served / "csebuetnlp/xlsum",
+                f"{name}/{split}/0000.parquet",
+                [
+                    {
+                        "id": f"{split}{i}",
+                        "url": "u",
+                        "title": "t",
+                        "summary": TEXT[i],
+                        "text": "word " * (10 - 2 * i - (split == "test")),
+                    }
+                    for i in range(n)
+                ],
+            )
+        put_rows(
+            served / "facebook/belebele",
+            f"data/{code}.parquet",
+            [
+                {
+                    "link": "l",
+                    "question_number": i,
+                    "flores_passage": "p",
+                    "question": "q",
+                    "mc_answer1": "1",
+                    "mc_answer2": "2",
+                    "mc_answer3": "3",
+                    "mc_answer4": "4",
+                    "correct_answer_num": "2",
+                    "dialect": code,
+                }
+                for i in range(6)
+            ],
+        )
+        for split, n in (("dev", 5), ("test", 4)):
+            question = {"subject": "law", "question": "q"}
+            if lang == "en":
+                put_rows(
+                    served / "cais/mmlu",
+                    f"all/{split}.parquet",
+                    [
+                        question | {"choices": ["a", "b", "c", "d"], "answer": i % 4}
+                        for i in range(n)
+                    ],
+                )
+            else:
+                put_rows(
+                    served / "CohereLabs/Global-MMLU",
+                    f"{lang}/{split}.parquet",
+                    [
+                        question
+                        | {
+                            "sample_id": f"{i}",
+                            "option_a": "a",
+                            "option_b": "b",
+                            "option_c": "c",
+                            "option_d": "" if split == "test" and i == 1 else "d",
+                            "answer": "D",
+                        }
+                        for i in range(n)
+                    ],
+                )
+    instructions = [
+        {"dataset": "koala", "instruction": f"Say {text}", "output": "o"} for text in TEXT
+    ]
+    (served / "tatsu-lab/alpaca_eval").mkdir(parents=True)
+    (served / "tatsu-lab/alpaca_eval/alpaca_eval.json").write_text(json.dumps(instructions))
+    configs(
+        served / "facebook/belebele",
+        {code: {"test": f"data/{code}.parquet"} for code, _ in codes.values()},
+    )
+    configs(
+        served / "cais/mmlu", {"all": {split: f"all/{split}.parquet" for split in ("dev", "test")}}
+    )
+    configs(
+        served / "CohereLabs/Global-MMLU",
+        {"ig": {split: f"ig/{split}.parquet" for split in ("dev", "test")}},
+    )
+    shutil.copytree(olmo2, HUB / "models/someone/tiny")
+    return served
+
+
+def put_glotlid(words):
+    """Serve a fastText model as GlotLID, which knows English and Nepali by the words of TEXT."""
+    import fasttext
+
+    folder = HUB / "models" / "cis-lmu/glotlid"
+    folder.mkdir(parents=True)
+    lines = []
+    for i, text in enumerate(TEXT):
+        label = "npi_Deva" if i in (2, 3) else "eng_Latn"
+        for start in range(4):
+            piece = " ".join(text.split()[start : start + words])
+            lines += [f"__label__{label} {piece}\n"] * 20
+    (folder / "text").write_text("".join(lines), encoding="utf-8")
+    model = fasttext.train_supervised(
+        str(folder / "text"), dim=8, lr=0.3, minn=2, maxn=3, thread=1, verbose=0
+    )
+    model.save_model(str(folder / "model_v3.bin"))
+    return model
+
+
+def put_harness_data(served, tmp_path, monkeypatch):
+    for split, plus in (("train", 1), ("test", 2)):
+        put_rows(
+            served / "openai/gsm8k",
+            f"main/{split}.parquet",
+            [
+                {
+                    "question": f"What is {i} + {plus}?",
+                    "answer": f"It is {i + plus}.\n#### {i + plus}",
+                }
+                for i in range(6)
+            ],
+        )
+    configs(
+        served / "openai/gsm8k",
+        {"main": {split: f"main/{split}.parquet" for split in ("train", "test")}},
+    )
+    put_rows(
+        served / "wis-k/instruction-following-eval",
+        "data/train.parquet",
+        [
+            {
+                "key": i,
+                "prompt": f"{text} Do not use the letter e.",
+                "instruction_id_list": ["keywords:forbidden_words"],
+                "kwargs": [{"forbidden_words": ["e"]}],
+            }
+            for i, text in enumerate(TEXT)
+        ],
+    )
+    configs(
+        served / "wis-k/instruction-following-eval", {"default": {"train": "data/train.parquet"}}
+    )
+    (tmp_path / "nltk/tokenizers/punkt_tab").mkdir(parents=True)  # no sentences are counted here
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk"))

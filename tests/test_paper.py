@@ -1,0 +1,103 @@
+"""data/prepare_paper.py against the stand-in hub."""
+
+import json
+
+import pandas
+import pytest
+from conftest import TEXT
+from hub import COMMIT, REQUESTS
+from paper_hub import paper_sets, served  # noqa: F401
+from transformers import AutoTokenizer
+
+from data import prepare_paper
+
+
+def read_all(folder):
+    """Return {"LANG/name": rows} of all files below a folder."""
+    found = {}
+    for path in folder.glob("*/*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[f"{path.parent.name}/{path.stem}"] = [json.loads(line) for line in lines]
+    return found
+
+
+def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
+    argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path)]
+    prepare_paper.main(argv)
+    data = read_all(tmp_path)
+    assert data["en/ae2"] == [{"instruction": f"Say {text}", "dataset": "koala"} for text in TEXT]
+    assert {name: len(rows) for name, rows in data.items()} == {
+        "ig/flores.dev": 100,
+        "ig/flores.devtest": 500,
+        "en/xlsum": 8,
+        "ig/xlsum": 8,
+        "en/belebele": 6,
+        "ig/belebele": 6,
+        "en/mmlu.dev": 5,
+        "en/mmlu.test": 4,
+        "ig/mmlu.dev": 5,
+        "ig/mmlu.test": 3,
+        "en/ae2": 5,
+    }
+    drawn = [row["id"] for row in data["ig/flores.devtest"]]
+    assert (
+        drawn == pandas.DataFrame({"id": range(600)}).sample(n=500, random_state=42)["id"].tolist()
+    )
+    assert not set(drawn) & {row["id"] for row in data["ig/flores.dev"]}
+    assert all(row["eng_Latn"] == f"eng_Latn {row['id']}" for row in data["ig/flores.devtest"])
+    assert [len(row["text"].split()) for row in data["en/xlsum"]] == [1, 3, 5, 6, 7, 8, 9, 10]
+    assert [row["answer"] for row in data["en/mmlu.test"]] == [*"ABCD"]
+    listed = json.loads((tmp_path / "ig/provenance.json").read_text())
+    assert (
+        listed["flores.dev.jsonl"]["from"]
+        == "mteb/FloresBitextMining@" + prepare_paper.FLORES["ungated"][1]
+    )
+    assert listed["xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    REQUESTS.clear()
+    prepare_paper.main(argv)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    assert not [
+        path for command, path, _ in REQUESTS if command == "GET" and path.endswith(".parquet")
+    ]
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        prepare_paper.main([*argv, "--flores", "gated"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "flores_plus" in line and "HF_TOKEN" in line
+    monkeypatch.setenv("HF_TOKEN", "let-me-in")
+    prepare_paper.main([*argv, "--flores", "gated"])
+    data = read_all(tmp_path)
+    assert data["ig/flores.dev"][7] == {
+        "id": 7,
+        "eng_Latn": "eng_Latn dev 7",
+        "ibo_Latn": "ibo_Latn dev 7",
+    }
+    assert [row["id"] for row in data["ig/flores.devtest"]] == drawn
+
+
+def test_of_xlsum_the_500_shortest_with_a_text_and_a_summary(olmo2):
+    rows = {
+        "test": [
+            {"id": i, "text": "word " * (700 - i), "summary": "s" * (i % 7)} for i in range(600)
+        ],
+        "validation": [{"id": i, "text": "" if i else "word", "summary": "s"} for i in range(3)],
+    }
+    found = prepare_paper.xlsum_rows(
+        lambda repo, config, split, columns: rows[split], "ig", AutoTokenizer.from_pretrained(olmo2)
+    )
+    kept = [f"test/{i}" for i in reversed(range(600)) if i % 7]
+    assert [row["id"] for row in found] == ["validation/0", *kept][:500]
+
+
+def test_foreign_files_are_not_overwritten(paper_sets, tmp_path, capsys):
+    (tmp_path / "ig").mkdir()
+    (tmp_path / "ig/xlsum.jsonl").write_text("mine")
+    with pytest.raises(SystemExit):
+        prepare_paper.main(["ig", "--model", "someone/tiny", "--out", str(tmp_path)])
+    assert (
+        "not from here" in capsys.readouterr().err
+        and (tmp_path / "ig/xlsum.jsonl").read_text() == "mine"
+    )
