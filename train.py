@@ -1,38 +1,37 @@
-"""Stage 3 of SSU: continued pre-training on raw target text, the shielded columns held (Section 3.3, Table 8).
+"""Stage 3 of SSU: continue pre-training on target-language text while the shielded columns stay frozen.
 
-The standard causal language modelling objective in PyTorch's mixed precision, and one line that is the method:
-    theta_ij <- theta_ij - lr * b_ij * update_ij          param.grad.mul_(mask), before clipping and Adam
-Adam's moments of a frozen weight thus stay zero. Decoupled weight decay would move it still, so decay is masked too.
-Every static method is such a mask; a matrix that is wholly frozen gets neither gradient nor moments. Without --mask
-everything is updated: full fine-tuning (FFT, Section 4.4). --gmt-ratio and --adalora are the paper's two baselines that
-are no static mask. Text is raw, never templated: documents, each ended by the end-of-text token, are concatenated and
-cut into blocks of --seq-len tokens.
+The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). The method is one
+line between the backward pass and gradient clipping:
 
---compact gives the same updates for less: a frozen column needs no gradient, no master and no moments. Its matrix stays
-in bf16 as the forward pass reads it, and only the updatable columns have the rest, in fp32. --master none trains bf16
-weights in place, as the authors do (their moments are bf16, too; these are fp32). Most small updates are then lost in
-rounding, so it is another experiment.
+    param.grad.mul_(mask)        # 1 = update, 0 = freeze; the mask broadcasts over the parameter
 
-Before it saves, it compares every frozen weight with the source model, bit by bit. --save-every N writes a checkpoint;
-the same command with --resume then goes on to the very bits (on a CPU) that a run without interruption would give.
+Weight decay is masked as well, because AdamW's decoupled decay moves a weight whose gradient is zero.
+Without --mask, all weights are trained: full fine-tuning (FFT). Two baselines are not static masks and
+have their own flags: --gmt-ratio and --adalora. --compact gives the same updates for less memory.
+Before saving, every frozen weight is compared with the source model, bit by bit.
 
-Tiny, on a CPU:
+On a CPU, in a few minutes:
     python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
-        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --steps 32 --batch-size 8 \
-        --micro-batch-size 8 --seq-len 128 --lr 5e-4
-The paper's setting, on one GPU of 80 GB (without --compact 16 bytes a parameter: 117 GB); --plan says what fits:
-    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --compact --gradient-checkpointing auto \
-        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda --save-every 500
-    python train.py --plan --model allenai/OLMo-2-1124-7B-Instruct
+        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
+        --steps 32 --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4
+On one GPU, as published (`python tools/plan.py --model MODEL` says what fits where):
+    python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --precision bf16-true \
+        --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
+        --compact --gradient-checkpointing --save-every 500
+
+OUT/train.jsonl has the settings in its first line, then a line per log step: step, tokens (seen so far),
+loss (mean over the step's tokens, nats), grad_norm (after masking, before clipping), lr, ms_per_step,
+tokens_per_second, peak_memory (bytes), and where held-out text was measured source_loss, target_loss
+(nats per token), source_bpb, target_bpb (bits per byte). The last line counts the weights.
 """
+
 import argparse
-import copy
+import contextlib
 import fcntl
 import functools
 import gzip
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -42,218 +41,442 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 import zlib
-from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import torch.utils.checkpoint
 import transformers
+import xxhash
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
+from pyarrow import ArrowException
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-MADLAD = "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"  # --data madlad:LANG (Section 4.2)
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # ends a document; a chat turn may end otherwise
+from variants import adalora, compact
+
+MADLAD = "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"  # Section 4.2
+END_OF_TEXT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+)  # ends a document, not a chat turn
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
-QUESTION = "What is the capital of France?"
-LOGITS = 2**28  # logits that exist at once: 1 GiB in fp32
-GPUS = {24: 23, 40: 39, 80: 78, 141: 139}  # for --plan: GB by name, GiB that PyTorch finds free
+COUNTS = ("tokens", "bytes", "words")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RESUME_SETTINGS = (
+    "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "precision", "compact", "compile", "seed", "gradient_checkpointing", "gmt_ratio", "adalora",
+)  # fmt: skip
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 
 def fail(message):
-    """One line on stderr, below any progress bar, and exit code 2: something the user can mend."""
+    """Print an error that the user can fix, in one line, and exit with code 2."""
     tqdm.write(f"train.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, __doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):  # noqa: C901
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument_group("model, data, output").add_argument
-    add("--model", required=True, help="folder or hub name of the source model")
-    add("--data", help="target text: .jsonl, .jsonl.gz, .parquet with `text`; .txt, a "
-        "document a line; or madlad:LANG (ne, ky, am, ha, ig, ...), MADLAD-400's clean part from the hub")
-    add("--mask", type=Path, help="mask.safetensors of make_mask.py; none: full fine-tuning")
-    add("--out", type=Path, help="folder for model/, checkpoint/ and train.jsonl")
-    add("--source-eval", help="held-out source text or chats, for bits per byte along the way")
-    add("--target-eval", help="held-out target text, likewise")
+    add("--model", required=True, help="source model: directory or hub id")
+    add(
+        "--data",
+        required=True,
+        help="target text: .jsonl, .jsonl.gz or .parquet with `text`; .txt with a "
+        "document per line; or madlad:LANG (MADLAD-400, clean)",
+    )
+    add("--mask", type=Path, help="mask.safetensors of make_mask.py (default: train all weights)")
+    add("--out", type=Path, required=True, help="directory for model/, checkpoint/ and train.jsonl")
+    add("--source-eval", help="held-out source text or chats, for the loss during training")
+    add("--target-eval", help="held-out target text, for the loss during training")
     add = parser.add_argument_group("hyperparameters (defaults: Table 8)").add_argument
     add("--steps", type=int, default=12208, help="optimizer steps")
-    add("--batch-size", type=int, default=32, help="blocks in a step")
-    add("--micro-batch-size", type=int, default=4, help="blocks in a forward pass; the rest is accumulated")
-    add("--seq-len", type=int, default=512, help="tokens in a block")
-    add("--lr", type=float, default=5e-5, help="peak learning rate; cosine to 0")
-    add("--warmup-ratio", type=float, default=0.05, help="share of the steps with rising learning rate")
-    add("--weight-decay", type=float, default=0.01, help="decoupled; not on frozen weights, norms and biases")
-    add("--max-grad-norm", type=float, default=1.0, help="global norm, after masking; 0: no clipping")
-    add("--gmt-ratio", type=float, help="GMT: share of each matrix's gradient dropped in a micro-batch (paper: 0.5, in "
-        "4 micro-batches: --micro-batch-size 8)")
-    add("--adalora", action="store_true", help="AdaLoRA by peft, merged into the weights when it saves; no --resume")
-    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="of autocast; masters are fp32")
-    add("--master", choices=["fp32", "none", "stochastic"], default="fp32", help="none: bf16 weights updated in place, "
-        "as the authors do; stochastic: likewise, rounded at random so that small updates count. Moments stay fp32")
-    add("--seed", type=int, default=42, help="order of the blocks")
-    add = parser.add_argument_group("along the way").add_argument
-    add("--eval-every", type=int, default=500, help="steps between held-out losses; 0: only first and last")
-    add("--eval-tokens", type=int, default=65536, help="held-out tokens to look at, spread over the file")
+    add("--batch-size", type=int, default=32, help="sequences per optimizer step")
+    add("--micro-batch-size", type=int, default=4, help="sequences per forward pass")
+    add("--seq-len", type=int, default=512, help="tokens per sequence")
+    add(
+        "--lr",
+        type=float,
+        default=5e-5,
+        help="peak learning rate (linear warmup, cosine decay to 0)",
+    )
+    add("--warmup-ratio", type=float, default=0.05, help="fraction of the steps used for warmup")
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.01,
+        help="decoupled weight decay of trainable matrices",
+    )
+    add(
+        "--max-grad-norm",
+        type=float,
+        default=1.0,
+        help="clipping threshold of the norm (0: no clipping)",
+    )
+    add(
+        "--precision",
+        choices=DTYPES,
+        default="bf16",
+        help="bf16, fp16: autocast over fp32 weights; "
+        "bf16-true: weights and gradients in bf16, moments in fp32, as the paper's models",
+    )
+    add(
+        "--gmt-ratio",
+        type=float,
+        help="fraction of each matrix's gradient that GMT drops (paper: 0.5)",
+    )
+    add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
+    add("--seed", type=int, default=42, help="order of the training sequences")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--compact", action="store_true", help="no gradients or moments for frozen columns")
+    add(
+        "--gradient-checkpointing", action="store_true", help="recompute activations to save memory"
+    )
+    add("--compile", action="store_true", help="torch.compile of each decoder layer")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:N]")
+    add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=int, default=10, help="steps between lines of train.jsonl")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint")
-    add("--gradient-checkpointing", nargs="?", const="all", default="none", choices=["none", "auto", "all"],
-        help="activations of all layers are computed again, a third more time; auto: of as many as memory demands")
-    add("--compact", action="store_true", help="no gradients, moments and masters for frozen columns: the same "
-        "updates, up to rounding, with less memory and time; column masks only")
-    add("--compile", action="store_true", help="torch.compile of the layers; for long runs on a GPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--plan", action="store_true", help="only say which GPU is large enough for --model, from its config")
+    add(
+        "--eval-every",
+        type=int,
+        default=500,
+        help="steps between held-out losses (0: first and last)",
+    )
+    add(
+        "--eval-tokens",
+        type=int,
+        default=65536,
+        help="held-out tokens to measure, spread over the file",
+    )
+    add("--save-every", type=int, default=0, help="steps between checkpoints (0: none)")
+    add("--resume", action="store_true", help="continue from OUT/checkpoint")
     args = parser.parse_args(argv)
-    if not args.plan and not (args.data and args.out):
-        parser.error("--data and --out are required")
-    if min(args.steps, args.batch_size, args.micro_batch_size, args.log_every) < 1 or args.seq_len < 2:
-        parser.error("--steps, --batch-size, --micro-batch-size, --log-every must be at least 1, --seq-len at least 2")
-    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.warmup_ratio <= 1):
-        parser.error("--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1")
-    if not args.max_grad_norm >= 0 or min(args.seed, args.eval_every, args.eval_tokens, args.save_every) < 0:
-        parser.error("--max-grad-norm, --seed, --eval-every, --eval-tokens and --save-every must be at least 0")
-    if args.seed >= 2**32:
-        parser.error("--seed must be below 2^32")
+    if (
+        min(args.steps, args.batch_size, args.micro_batch_size, args.log_every) < 1
+        or args.seq_len < 2
+    ):
+        parser.error(
+            "--steps, --batch-size, --micro-batch-size and --log-every must be at least 1, "
+            "--seq-len at least 2"
+        )
+    if not (
+        0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.warmup_ratio <= 1
+    ):
+        parser.error(
+            "--lr must be above 0, --weight-decay at least 0, --warmup-ratio between 0 and 1"
+        )
+    if not args.max_grad_norm >= 0 or min(args.eval_every, args.eval_tokens, args.save_every) < 0:
+        parser.error(
+            "--max-grad-norm, --eval-every, --eval-tokens and --save-every must be at least 0"
+        )
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed must be at least 0 and below 2^32")
     if args.gmt_ratio is not None and not 0 <= args.gmt_ratio < 1:
         parser.error("--gmt-ratio must be at least 0 and below 1")
-    if bool(args.mask) + (args.gmt_ratio is not None) + args.adalora > 1:
-        parser.error("--mask, --gmt-ratio and --adalora are three methods: choose one")
-    if args.adalora and args.precision == "fp16":
-        parser.error("--adalora needs --precision bf16 or fp32: a step left out by fp16 could be the one that prunes")
-    if args.precision == "fp16" and (args.compact or args.master != "fp32"):
-        parser.error("--compact and --master none have no loss scaling: take --precision bf16 or fp32")
-    if args.master != "fp32" and (args.precision != "bf16" or args.adalora or args.gmt_ratio is not None):
-        parser.error(f"--master {args.master} is for --precision bf16, and not for AdaLoRA and GMT")
-    if args.adalora and (args.save_every or args.resume):
-        parser.error("--adalora cannot resume (peft's rank allocator has a state of its own): leave out --save-every")
+    if sum([args.mask is not None, args.gmt_ratio is not None, args.adalora]) > 1:
+        parser.error("--mask, --gmt-ratio and --adalora are different methods: choose one")
+    if args.adalora and (args.save_every or args.resume or args.precision not in ("bf16", "fp32")):
+        parser.error(
+            "--adalora cannot resume and needs --precision bf16 or fp32: leave out --save-every"
+        )
+    if args.compact and (not args.mask or args.precision == "fp16"):
+        parser.error("--compact needs --mask and --precision bf16, bf16-true or fp32")
+    if args.compile and (args.adalora or not any(map(shutil.which, ("g++", "clang++", "c++")))):
+        parser.error("--compile needs a C++ compiler and is not for --adalora: leave it out")
     if args.adalora and not importlib.util.find_spec("peft"):
         parser.error("--adalora needs peft: pip install peft==0.21.2")
-    if args.compile and (args.adalora or not any(map(shutil.which, ("g++", "clang++", "c++")))):
-        parser.error("--compile needs a C++ compiler, g++ or clang++, and is not for AdaLoRA: leave it out")
     devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if args.device not in devices or (args.device == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"--device {args.device}: must be cpu or cuda, and PyTorch sees {len(devices) - 2} GPUs here")
-    if args.plan:
-        return args
-    if args.compact and not args.mask:
-        parser.error("--compact trains the columns that a --mask leaves to update: give one")
-    parent = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        parser.error(f"--out {args.out}: no folder can be made there: {parent} is a file or not writable")
+        parser.error(f"--device {args.device} does not exist: PyTorch sees {len(devices) - 2} GPUs")
     return args
 
 
+# ------------------------------------------------------------------------------------------------------
+# Model and masks
+
+
 def load_skeleton(model):
-    """(config, the model on the meta device: names and shapes, no weights) of a local folder or hub model."""
-    if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
-        fail(f"--model {model}: no such folder")
+    """Return (the model on the meta device, tokenizer, directory of its files) of a directory or hub id."""
+    if not Path(model).is_dir() and (
+        Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1
+    ):
+        fail(f"--model {model}: no such directory. Give a model directory or a hub id")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            fail(f"--model {model}: quantised weights cannot be trained in full; give the unquantised model")
-        with torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:  # the latter: no causal language model
-        fail(f"--model {model}: {error}")
-
-
-def load_tokenizer(model):
-    """(tokenizer, folder with the model's files) of a local folder or hub model."""
-    try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        return tokenizer, Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
-    except (OSError, ValueError) as error:
+        directory = (
+            Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+        )
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:  # ValueError: not a causal language model
         fail(f"--model {model}: {error}")
+    if getattr(config, "quantization_config", None):
+        fail(f"--model {model}: quantized weights cannot be trained. Give the unquantized model")
+    rows = skeleton.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        fail(
+            f"--model {model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {rows:,} rows. "
+            "Give a model whose files belong together"
+        )
+    return skeleton, tokenizer, directory
 
 
-def load_model(model, dtype=torch.float32, **options):
-    """The causal LM, its files complete: a tensor that they lack would be random."""
+def load_model(model, **options):
+    """Load the model. Fail if the checkpoint lacks a tensor, because it would be initialized randomly."""
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options)
-    except RuntimeError as error:  # shapes that are not those of config.json
+            model,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"--model {model}: {error}")
     if info["missing_keys"]:
-        fail(f"--model {model}: its files lack {sorted(info['missing_keys'])[:3]}")
+        fail(
+            f"--model {model}: its files lack {sorted(info['missing_keys'])[:3]}. Download it again"
+        )
     return loaded
 
 
 def fingerprint(model):
-    """Identity of an architecture: sha256 over its sorted "name shape" lines, e.g. "model.norm.weight 576"."""
+    """Identify an architecture: sha256 over its sorted "name shape" lines."""
     lines = sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in model.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def maskable(model):
-    """Names of all parameters but the embeddings and the LM head, which are always updated (Section 3.1)."""
-    head = model.get_output_embeddings()
-    always = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
-              for p in module.parameters(recurse=False)}
+    """Return the names of all parameters but embeddings and LM head, which are always trained."""
+    always = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            always |= {id(p) for p in module.parameters(recurse=False)}
     return {name for name, p in model.named_parameters() if id(p) not in always}
 
 
 def load_masks(path, model):
-    """{parameter name: uint8 mask, 1 = update, 0 = freeze, that broadcasts onto it}. `model` may be on the meta device.
-
-    Raises SystemExit(2) unless the file has a fitting mask for every parameter that must have one (maskable). Only some
-    methods mask embeddings and head as well."""
+    """Read {parameter name: uint8 mask} and check that it was made for exactly this model."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             masks = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        fail(f"--mask {path}: cannot be read ({error}); make it again with make_mask.py")
+        fail(f"--mask {path}: cannot be read ({error}). Make it again with make_mask.py")
     if (metadata.get("format"), metadata.get("version")) != ("ssu-mask", "1"):
-        fail(f"--mask {path}: not a mask file of version 1; make it with make_mask.py")
+        fail(f"--mask {path}: not a mask file of version 1. Make it with make_mask.py")
     if metadata.get("fingerprint") != fingerprint(model):
-        fail(f"--mask {path}: made for {metadata.get('model')}, whose parameters differ; score and mask this --model")
-    known = {name for name, _ in model.named_parameters()}
-    missing, extra = sorted(maskable(model) - set(masks)), sorted(set(masks) - known)
+        fail(
+            f"--mask {path}: made for {metadata.get('model')}, whose parameters differ. "
+            "Score and mask this --model"
+        )
+    if metadata.get("tensors_sha256", digest_of(masks)) != digest_of(masks):
+        fail(f"--mask {path}: damaged, its digest does not match. Make it again with make_mask.py")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    missing, extra = sorted(maskable(model) - masks.keys()), sorted(masks.keys() - shapes.keys())
     if missing or extra:
-        fail(f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}; make it with make_mask.py")
-    if not any(mask.any() for mask in masks.values()) and known <= set(masks):
-        fail(f"--mask {path}: freezes every weight, so there is nothing to train; make another with make_mask.py")
+        fail(
+            f"--mask {path}: no mask for {missing[:3]}, masks for unknown {extra[:3]}. "
+            "Make it again with make_mask.py"
+        )
     for name, mask in masks.items():
-        shape = model.get_parameter(name).shape
-        if mask.dim() != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True)):
-            fail(f"--mask {path}: {name} has a mask {list(mask.shape)} for weights {list(shape)}; make it again")
-        if mask.dtype != torch.uint8 or mask.max() > 1:
-            fail(f"--mask {path}: {name} holds other values than 0 and 1; make it again with make_mask.py")
+        fits = mask.dim() == len(shapes[name])
+        fits = fits and all(m in (1, n) for m, n in zip(mask.shape, shapes[name], strict=True))
+        if not fits or mask.dtype != torch.uint8 or mask.max() > 1:
+            fail(
+                f"--mask {path}: {name} has {mask.dtype} {list(mask.shape)} for weights {list(shapes[name])}, or "
+                "values other than 0 and 1. Make it again with make_mask.py"
+            )
+    if masks.keys() == shapes.keys() and not any(mask.any() for mask in masks.values()):
+        fail(f"--mask {path}: freezes every weight. Make another with make_mask.py")
     return masks
 
 
-def has_columns(masks, model):
-    """Is every matrix masked by columns, or as a whole, as --compact needs it?"""
-    return all(len(masks[name]) == 1 for name in maskable(model) if masks[name].dim() == 2)
+def digest_of(tensors):
+    """Return the sha256 over the names and bytes of tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def parameter_table(model, masks):
-    """Lines that account for every parameter, by kind: updated, or masked and by how much. Tied weights stand once."""
-    kinds = defaultdict(lambda: [0, 0, 0])  # parameters, weights, frozen weights
-    for name, p in model.named_parameters():
-        frozen = p.numel() * (masks[name] == 0).float().mean().item() if name in masks else 0
-        kind = kinds[re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape)), name in masks]
-        kind[:] = [a + b for a, b in zip(kind, (1, p.numel(), frozen), strict=True)]
-    lines = [f"  {kind:<50} {shape:>12} x {number:<4} "
-             + (f"masked, {frozen / size:.2%} frozen" if masked else "updated")
-             for (kind, shape, masked), (number, size, frozen) in kinds.items()]
-    return lines + ["  lm_head: tied, the very storage of the embeddings"] * bool(model.config.tie_word_embeddings)
+def drop_smallest(grad, ratio):
+    """GMT (Section 4.4): zero the fraction `ratio` of a matrix's gradient that is smallest in size."""
+    size = grad.abs().flatten()
+    dropped = int(ratio * len(size))
+    if dropped == 0:
+        return grad
+    if size.device.type == "cpu":  # torch.kthvalue takes 60 times as long
+        threshold = float(np.partition(size.numpy(), dropped - 1)[dropped - 1])
+    else:
+        threshold = size.sort().values[dropped - 1]
+    return grad * (grad.abs() > threshold)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Data: `datasets` caches every step by text and tokenizer, and memory-maps the result
+
+
+def read_documents(flag, data):
+    """Yield the rows of a local file: {"text": str} or {"messages": [...]}. Fail at the first bad line."""
+    path, number = Path(data), 0
+    try:
+        if path.suffix == ".parquet":
+            for batch in parquet.ParquetFile(path).iter_batches(1000):
+                yield from batch.to_pylist()
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield (
+                        {"text": line.decode().strip()}
+                        if path.suffix == ".txt"
+                        else json.loads(line)
+                    )
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError, ArrowException) as error:
+        fail(f"{flag} {data}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
+
+
+def render_documents(flag, data, tokenizer):
+    """Yield {"text", "templated"}: raw text as it is, chats (held-out text only) in the chat template."""
+    for number, row in enumerate(read_documents(flag, data), 1):
+        chat = row.get("messages") if isinstance(row, dict) and flag == "--source-eval" else None
+        try:
+            if chat and tokenizer.chat_template:
+                yield {
+                    "text": tokenizer.apply_chat_template(chat, tokenize=False),
+                    "templated": True,
+                }
+            elif row["text"].encode():  # a lone surrogate raises UnicodeEncodeError
+                yield {"text": row["text"], "templated": False}
+        except (TemplateError, KeyError, TypeError, AttributeError, ValueError) as error:
+            fail(
+                f"{flag} {data}: row {number} has no usable `text`, nor `messages` that the model's chat "
+                f"template accepts ({type(error).__name__}: {error}). Correct it or leave it out"
+            )
+
+
+def load_documents(flag, data, tokenizer, key):
+    """Return a Dataset of the documents of a local file, or of MADLAD-400 (Section 4.2)."""
+    if not data.startswith("madlad:"):
+        arguments = {"flag": flag, "data": data, "tokenizer": tokenizer}
+        if next(render_documents(**arguments), None) is None:
+            fail(f"{flag} {data}: no text in it")
+        features = Features({"text": Value("string"), "templated": Value("bool")})
+        return Dataset.from_generator(
+            render_documents, gen_kwargs=arguments, features=features, fingerprint=key
+        )
+    repo, revision = MADLAD
+    lang = data.removeprefix("madlad:")
+    files = f"data/{lang}/{lang}_clean_*.jsonl.gz"
+    try:
+        folder = snapshot_download(
+            repo, repo_type="dataset", revision=revision, allow_patterns=files
+        )
+        paths = sorted(str(path) for path in Path(folder).glob(files))
+        documents = load_dataset("json", data_files=paths, split="train").select_columns("text")
+    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+        fail(
+            f"{flag} {data}: {repo} has no such language, or the hub did not give it ({error}). "
+            "Check the code and the network, or give a file"
+        )
+    if lang == "ne":  # as the authors do
+        documents = documents.shuffle(seed=42).select(range(min(len(documents), 250_000)))
+    # MADLAD-400 writes a line break as a backslash and an n.
+    return documents.map(lambda row: {"text": row["text"].replace("\\n", "\n"), "templated": False})
+
+
+def tokenize(batch, tokenizer, end_of_text):
+    """Tokenize documents, each ended by the end-of-text token. Count their tokens, bytes and words."""
+    ids = []
+    for text, templated in zip(batch["text"], batch["templated"], strict=True):
+        # Raw text is data: a control token quoted in it is spelled out. A template writes its own BOS.
+        one = tokenizer(text, add_special_tokens=not templated, split_special_tokens=not templated)[
+            "input_ids"
+        ]
+        ids.append(one if one[-1:] == [end_of_text] else one + [end_of_text])
+    return {
+        "input_ids": ids,
+        "tokens": [len(one) for one in ids],
+        "bytes": [len(text.encode()) for text in batch["text"]],
+        "words": [len(text.split()) for text in batch["text"]],
+    }
+
+
+def cut(batch, seq_len):
+    """Concatenate documents and cut them into sequences. The remainder is dropped."""
+    tokens = np.concatenate(batch["input_ids"])
+    return {"input_ids": tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)}
+
+
+def load_sequences(flag, data, tokenizer, tokenizer_sha256, end_of_text, seq_len):
+    """Return (Dataset of token ids [n, seq_len], counts of the text, key that identifies the text)."""
+    preset = data.startswith("madlad:")
+    if not preset and not Path(data).is_file():
+        fail(f"{flag} {data}: no such file")
+    if not preset and not data.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")):
+        fail(f"{flag} {data}: unknown kind of file. Give .jsonl, .jsonl.gz, .parquet or .txt")
+    source = f"{data}@{MADLAD[1]}" if preset else sha256_of([Path(data)])
+    key = hashlib.sha256(f"{source} {tokenizer_sha256} {end_of_text} {flag}".encode()).hexdigest()[
+        :32
+    ]
+    documents = load_documents(flag, data, tokenizer, key)
+    tokens = documents.map(
+        tokenize,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "end_of_text": end_of_text},
+        remove_columns=documents.column_names,
+        num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
+        features=Features(
+            {"input_ids": List(Value("int32"))} | dict.fromkeys(COUNTS, Value("int64"))
+        ),
+        new_fingerprint=f"{key}-tokens",
+        desc=f"tokenize {flag.strip('-')}",
+    ).with_format("numpy")
+    counts = {name: int(tokens[name][:].sum()) for name in COUNTS} | {"documents": len(tokens)}
+    if counts["tokens"] < seq_len:
+        fail(
+            f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}. Give more text"
+        )
+    sequences = tokens.map(
+        cut,
+        batched=True,
+        batch_size=10_000,
+        fn_kwargs={"seq_len": seq_len},
+        remove_columns=tokens.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
+        new_fingerprint=f"{key}-{seq_len}",
+        desc=f"cut {flag.strip('-')}",
+    )
+    return sequences.with_format("torch"), counts, key
 
 
 def sha256_of(paths):
-    """sha256 over the names and bytes of files, in name order."""
+    """Return the sha256 over names and bytes of files, in name order."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         with open(path, "rb") as file:
@@ -261,906 +484,646 @@ def sha256_of(paths):
     return digest.hexdigest()
 
 
-def madlad(lang):
-    """MADLAD-400's clean documents of a language, fetched once into the hub's cache: a datasets.Dataset with `text`.
-
-    Of Nepali 250,000 are drawn, as the authors do; of the others all are read."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-    repo, revision = MADLAD
-    try:
-        folder = snapshot_download(repo, repo_type="dataset", revision=revision,
-                                   allow_patterns=f"data/{lang}/{lang}_clean_*.jsonl.gz")
-    except (OSError, HTTPError) as error:
-        fail(f"--data madlad:{lang}: the hub did not give {repo} ({error}). Mend the network, or give a file")
-    files = sorted(map(str, Path(folder, "data", lang).glob("*.jsonl.gz")))
-    if not files:
-        fail(f"--data madlad:{lang}: no such language in {repo}, whose card has the codes, or in the hub's cache")
-    try:
-        rows = load_dataset("json", data_files=files, split="train")
-    except (DatasetsError, OSError, ValueError, zlib.error) as error:
-        fail(f"--data madlad:{lang}: cannot be read ({error.__cause__ or error}). If a file is damaged, delete "
-             f"{Path(folder).parents[1]} to fetch it again")
-    return rows.shuffle(seed=42).select(range(min(len(rows), 250_000))) if lang == "ne" else rows
-
-
-def read_texts(flag, data, tokenizer, templated):
-    """Yields the documents of a data file or preset as strings; chats (held-out text only) through the template."""
-    path, number = Path(data), 0
-    try:
-        if data.startswith("madlad:"):
-            # the data set writes a line break as a backslash and an n
-            rows = ({"text": row["text"].replace("\\n", "\n")} for row in madlad(data.removeprefix("madlad:")))
-        elif path.suffix == ".parquet":
-            from datasets import load_dataset  # here, because it takes a second to import
-            rows = load_dataset("parquet", data_files=data, split="train", streaming=True)
-        else:
-            rows = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-        for row in rows:
-            number += 1
-            if isinstance(row, bytes):
-                row = {"text": row.decode().strip()} if path.suffix == ".txt" else json.loads(row)
-            chat = isinstance(row, dict) and templated and row.get("messages")
-            if chat and tokenizer.chat_template and isinstance(chat, list) and isinstance(chat[0], dict):
-                try:
-                    yield tokenizer.apply_chat_template(chat, tokenize=False)
-                except TemplateError as error:
-                    fail(f"{flag} {data}: the model's chat template refuses line {number} ({error})")
-            elif chat or not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                fail(f"{flag} {data}: line {number} has no `text`"
-                     + (" and no `messages` for which the tokenizer has a chat template" if templated else ""))
-            elif row["text"]:
-                yield row["text"]
-    except (ValueError, OSError, EOFError) as error:
-        fail(f"{flag} {data}: line {number} is not JSON in UTF-8, or the file is damaged ({error})")
-
-
-def tokenise(texts, tokenizer, end_of_text, templated, dtype, path, done):
-    """Appends the texts' token ids to the file `path`, a thousand texts at once, on all cores; returns counts of
-    documents, tokens, bytes and words. Killed, it goes on after the last 10,000 documents; the file `done` counts them.
-    """
-    counts = dict(documents=0, tokens=0, bytes=0, words=0)
-    with open(path, "ab") as file:
-        if done.exists() and file.tell() >= (before := json.loads(done.read_text()))["tokens"] * dtype.itemsize:
-            counts = before
-        file.truncate(counts["tokens"] * dtype.itemsize)
-        texts = itertools.islice(texts, counts["documents"], None)
-        with tqdm(desc=f"tokenise {path.stem}", unit="doc", initial=counts["documents"]) as bar:
-            while batch := list(itertools.islice(texts, 1000)):
-                encoded = tokenizer(batch, add_special_tokens=not templated, return_attention_mask=False)["input_ids"]
-                for ids in encoded:
-                    ids += [end_of_text] * (ids[-1:] != [end_of_text])
-                    file.write(np.array(ids, dtype).tobytes())
-                more = dict(documents=len(batch), tokens=sum(map(len, encoded)),
-                            bytes=sum(len(text.encode()) for text in batch), words=sum(len(t.split()) for t in batch))
-                counts = {name: counts[name] + more[name] for name in counts}
-                bar.update(len(batch))
-                if counts["documents"] % 10_000 == 0:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    write_atomically(done, json.dumps(counts))
-        file.flush()
-        os.fsync(file.fileno())
-    return counts
-
-
-def token_file(flag, data, tokenizer, tokenizer_sha256, end_of_text, cache, at_least=1, templated=False):
-    """Tokenises a data file or preset once: (memmap of token ids [tokens], facts about the text). Reruns read those.
-
-    Every document gets the tokenizer's own BOS, if it has one, and ends with end-of-text. The dtype is the smallest of
-    uint16 and uint32 that holds the vocabulary. Raises SystemExit(2) for unfit data or cache, naming the line."""
-    preset = data.startswith("madlad:")
-    if not preset and not Path(data).is_file():
-        fail(f"{flag} {data}: no such file")
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    made_from = f"{data}@{MADLAD[1]}" if preset else sha256_of([Path(data)])
-    key = hashlib.sha256(f"1 {made_from} {tokenizer_sha256} {end_of_text} {templated}".encode()).hexdigest()[:16]
-    tokens_path = cache / f"{data.replace(':', '-') if preset else Path(data).stem}-{key}.bin"
-    facts_path, part = tokens_path.with_suffix(".json"), tokens_path.with_suffix(".part")
-    if not facts_path.exists():  # written last, so its presence says that the tokens are complete
-        texts = read_texts(flag, data, tokenizer, templated)
-        first = next(texts, None)
-        if first is None:
-            fail(f"{flag} {data}: no text in it")
-        cache.mkdir(parents=True, exist_ok=True)
-        done, locked = part.with_suffix(".done"), part.with_suffix(".lock")
-        with open(locked, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be tokenising the same text: wait for it
-            try:
-                if not facts_path.exists():
-                    texts = itertools.chain([first], texts)
-                    counts = tokenise(texts, tokenizer, end_of_text, templated, dtype, part, done)
-                    if counts["tokens"] < at_least:
-                        fail(f"{flag} {data}: {counts['tokens']} tokens are too short for one block of {at_least}")
-                    os.replace(part, tokens_path)
-                    write_atomically(facts_path, json.dumps(dict(data=data, key=key, dtype=dtype.name) | counts))
-            except SystemExit:  # unfit text: nothing to go on from
-                part.unlink(missing_ok=True)
-                raise
-            finally:
-                if not part.exists():
-                    done.unlink(missing_ok=True)
-                    locked.unlink(missing_ok=True)
-                    if not any(cache.iterdir()):
-                        cache.rmdir()
-    try:
-        facts = json.loads(facts_path.read_text())
-        size = tokens_path.stat().st_size
-    except (ValueError, OSError) as error:
-        fail(f"{facts_path}: damaged ({error}); delete it and its .bin")
-    if np.dtype(facts["dtype"]).itemsize < dtype.itemsize:
-        fail(f"{tokens_path}: {facts['dtype']} cannot hold a vocabulary of {len(tokenizer):,}; delete it and its .json")
-    if size != facts["tokens"] * np.dtype(facts["dtype"]).itemsize:
-        fail(f"{tokens_path}: not the {facts['tokens']:,} tokens that its .json promises; delete both")
-    if facts["tokens"] < at_least:
-        fail(f"{flag} {data}: {facts['tokens']} tokens are too short for one block of {at_least}")
-    return np.memmap(tokens_path, facts["dtype"], "r"), facts
-
-
-def blocks(tokens, indices, seq_len):
-    """Blocks of a token file as int64 [len(indices), seq_len]."""
-    return torch.from_numpy(np.stack([tokens[i * seq_len:(i + 1) * seq_len] for i in indices]).astype(np.int64))
-
-
 @functools.lru_cache(maxsize=2)
-def epoch_order(num_blocks, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(num_blocks)
+def epoch_order(num_sequences, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 
-def batch_indices(step, batch_size, num_blocks, seed):
-    """The blocks of step `step` (from 0): a new shuffle every epoch, a function of seed and step alone."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(epoch_order(num_blocks, seed, p // num_blocks)[p % num_blocks]) for p in positions]
+def batch_indices(step, batch_size, num_sequences, seed):
+    """Return the sequences of step `step` (from 0): a new shuffle each epoch, by seed and step alone."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, num_sequences)
+        indices.append(int(epoch_order(num_sequences, seed, epoch)[offset]))
+    return indices
 
 
-def lr_at(step, steps, warmup_ratio, peak):
-    """Learning rate of step `step` (from 0): linear warm-up over the first ceil(5%) steps, cosine to 0 (Table 8); the
-    schedule of transformers, whose very first step has rate 0."""
-    warmup = math.ceil(steps * warmup_ratio)
+# ------------------------------------------------------------------------------------------------------
+# Schedule, loss, optimizer
+
+
+def learning_rate(step, args):
+    """Return the rate of step `step` (from 0): linear warmup, then cosine decay to 0 (Table 8)."""
+    warmup = math.ceil(args.steps * args.warmup_ratio)
     if step < warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+
+
+def next_token_loss(model, tokens):
+    """Return the summed cross-entropy, in nats, of tokens [batch, seq_len], computed in fp32."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
 
 
 @torch.no_grad()
-def logits_are_the_heads(model, args):
-    """Does the model only apply its head to the decoder's output? Some scale or cap logits. Seen on a few tokens."""
-    training, ids = model.training, torch.arange(8, device=next(model.parameters()).device)[None]
-    model.eval()
-    with autocast_of(args)():
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        heads, logits = model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits
-    model.train(training)
-    return torch.allclose(heads.float(), logits.float())
-
-
-def loss_parts(config, tokens):
-    """In how many parts, alike in size, the logits of so many tokens are computed."""
-    return math.ceil(tokens / max(1, LOGITS // config.get_text_config().vocab_size))
-
-
-def next_token_loss(model, tokens, in_parts=True):
-    """Summed cross-entropy in nats, tokens [B, L]; position t predicts token t + 1.
-
-    in_parts (logits_are_the_heads): the head is applied to a part of the tokens at a time, and again in the backward
-    pass, so that no more than LOGITS numbers exist at once. torch's F.linear_cross_entropy would not repeat it, but
-    it ignores autocast and rounds the loss to bf16."""
-    def cross_entropy(logits, targets):
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
-
-    targets, head = tokens[:, 1:].flatten(), model.get_output_embeddings()
-    if not in_parts:
-        return cross_entropy(model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1), targets)
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    parts = loss_parts(model.config, len(targets))
-    if parts == 1:
-        return cross_entropy(head(hidden), targets)
-    return torch.stack([
-        torch.utils.checkpoint.checkpoint(lambda h, t: cross_entropy(head(h), t), h, t, use_reentrant=False)
-        for h, t in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)]).sum()
-
-
-def drop_smallest(grad, ratio):
-    """GMT (Section 4.4; Li et al. 2025): grad [d_out, d_in], its int(ratio * n) smallest by absolute value set to 0,
-    and what equals the largest of them. What is not finite stays so, for the check of the norm to see."""
-    size, dropped = grad.abs().flatten(), int(ratio * grad.numel())
-    if not dropped:
-        return grad
-    if size.device.type == "cpu":  # torch's own selection takes 60 times as long there
-        return grad * (size.view_as(grad) > float(np.partition(size.numpy(), dropped - 1)[dropped - 1]))
-    return grad * (size.view_as(grad) > size.sort().values[dropped - 1])  # kthvalue is slower on a GPU
-
-
-def add_adalora(model, steps):
-    """AdaLoRA (Section 4.4) on every nn.Linear but the head, with Table 8's values; its schedule for 12,208 steps is
-    scaled to `steps`. Embeddings and head stay as they are, to be trained in full."""
-    from peft import AdaLoraConfig, get_peft_model
-    share = steps / 12208
-    return get_peft_model(model, AdaLoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_r=12, target_r=8, lora_alpha=32, lora_dropout=0.05,
-        tinit=int(1000 * share), tfinal=int(8546 * share), deltaT=max(1, int(20 * share)), total_step=steps,
-        beta1=0.85, beta2=0.85, orth_reg_weight=0.5))
-
-
-def orthogonality(model):
-    """AdaLoRA's regulariser, the mean of ||P P^T - I|| over its A and B; peft adds it only to a loss of its own."""
-    grams = [p @ p.T if "lora_A" in name else p.T @ p for name, p in model.named_parameters()
-             if "lora_A" in name or "lora_B" in name]
-    return torch.stack([(gram - torch.eye(len(gram), device=gram.device)).norm() for gram in grams]).mean()
-
-
-def source_parameters(model):
-    """[(name, parameter)] of all that the source model has too, by the names there: what is left without adapters."""
-    return [(name.removeprefix("base_model.model.").replace(".base_layer.", "."), p)
-            for name, p in model.named_parameters() if ".lora_" not in name and ".ranknum." not in name]
-
-
-def take(x, columns):
-    """x [n, d] -> its columns [n, k]. On a CPU gather is five times as fast as index_select in bf16."""
-    return x.gather(1, columns.expand(len(x), -1))
-
-
-class SelectedColumns(torch.autograd.Function):
-    """x W^T + b, W [d_out, d_in], of which only some `columns` are trained: the gradient is computed for these alone,
-    gy^T x[:, columns], [d_out, k]. `updated` has that shape, but no storage, and receives it."""
-    @staticmethod
-    def forward(ctx, x, weight, bias, updated, columns):
-        x = x.to(weight.dtype)  # as autocast does
-        ctx.save_for_backward(take(x.flatten(0, -2), columns), weight)  # [tokens, k]
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, weight = ctx.saved_tensors
-        flat = gy.flatten(0, -2)  # [tokens, d_out]
-        return gy @ weight, None, flat.sum(0) if ctx.needs_input_grad[2] else None, flat.T @ x, None
-
-
-# What make_optimizer leaves out: `weight` is updated in `columns` (None: all) by the gradient that `updated` gets,
-# where `mask` is 1, through a `master` [d_out, k] of at least fp32, which `adam` holds. Is it kept between steps?
-Leaf = namedtuple("Leaf", "weight columns updated mask master adam keeps_master")
-
-
-def make_leaf(weight, columns, updated, mask, kept=None):
-    """kept: the master's values; without them it is made from the weight in each step, and gone after it."""
-    values = torch.empty(0, dtype=torch.promote_types(weight.dtype, torch.float32)) if kept is None else kept
-    master = nn.Parameter(values.to(weight.device))
-    adam = torch.optim.AdamW([master], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                             fused=weight.device.type in ("cpu", "cuda"))
-    return Leaf(weight, columns, updated, mask.to(weight.device), master, adam, kept is not None)
-
-
-def compact_linear(module, x):
-    if not torch.is_grad_enabled():
-        return F.linear(x, module.weight, module.bias)
-    return SelectedColumns.apply(x, module.weight, module.bias, module.updated, module.columns)
-
-
-def make_leaves(model, masks, args):
-    """{parameter name: Leaf}, none in the reference loop; the model becomes what they need.
-
-    --compact: one for each matrix with frozen columns. The whole matrix is kept as the forward pass reads it, in the
-    precision of autocast, and the updatable columns in fp32 beside it; a wholly frozen matrix needs no leaf.
-    --master none: one for every other parameter as well, of a model in bf16."""
-    leaves, inside, device = {}, maskable(model), torch.device(args.device)
-    for prefix, module in model.named_modules() if args.compact else ():
-        name = f"{prefix}.weight"
-        if not isinstance(module, nn.Linear) or name not in inside or masks[name].all():
-            continue
-        weight, columns, kept = module.weight.requires_grad_(False), masks[name][0].nonzero()[:, 0], None
-        if args.precision == "bf16" and args.master == "fp32":
-            kept = take(weight.detach(), columns)
-            weight.data = weight.data.bfloat16()
-        weight.data, columns = weight.data.to(device), columns.to(device)
-        if len(columns):
-            updated = weight.new_zeros(1).expand(len(weight), len(columns)).requires_grad_()
-            leaves[name] = make_leaf(weight, columns, updated, torch.ones(1, 1, dtype=torch.uint8), kept)
-            module.updated, module.columns = updated, columns
-            module.forward = types.MethodType(compact_linear, module)
-    model.to(device)
-    for name, p in model.named_parameters() if args.master != "fp32" else ():
-        if p.requires_grad:
-            leaves[name] = make_leaf(p, None, p, masks.get(name, torch.ones((1,) * p.dim(), dtype=torch.uint8)))
-    return leaves
-
-
-def clip_gradients(model, leaves, limit):
-    """clip_grad_norm_ where there are leaves: (global norm, factor for the gradients of leaves, which are low in
-    precision and still to be multiplied); the others' are."""
-    apart = {id(leaf.updated) for leaf in leaves.values()}
-    others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in apart]
-    grads = others + [leaf.updated.grad for leaf in leaves.values() if leaf.updated.grad is not None]
-    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
-                        for g in grads]).norm()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for grad in others:
-        grad.mul_(scale)
-    return norm, scale
-
-
-@torch.no_grad()
-def step_leaves(leaves, lr, weight_decay, scale, stochastic):
-    """One step of AdamW (Table 8) on each leaf, its gradient times `scale`: the arithmetic of the reference loop."""
-    for name, (weight, columns, updated, mask, master, adam, keeps_master) in leaves.items():
-        if updated.grad is None:
-            if columns is not None:
-                fail(f"--compact: {name} got no gradient: the model does not use it, or not by calling its layer; "
-                     "train without --compact")
-            continue
-        if not keeps_master:
-            part = weight.detach() if columns is None else take(weight.detach(), columns)
-            master.data = part.to(master.dtype, copy=columns is None)
-        if weight.dim() > 1 and weight_decay:
-            master.mul_(1 - lr * weight_decay * mask)
-        master.grad = updated.grad.to(master.dtype).mul_(scale)
-        updated.grad = None
-        adam.param_groups[0]["lr"] = lr
-        adam.step()
-        master.grad = None
-        if stochastic and weight.dtype != master.dtype:  # bf16 is the upper half of fp32: carry into it at random
-            bits = master.view(torch.int32)
-            bits.add_(torch.randint_like(bits, 0, 2**16)).bitwise_and_(-(2**16))
-        rounded = master.to(weight.dtype)
-        weight.copy_(rounded) if columns is None else weight.scatter_(1, columns.expand(len(weight), -1), rounded)
-        if not keeps_master:
-            master.data = master.new_empty(0)
-
-
-@torch.no_grad()
-def restore(model, leaves, source):
-    """Makes bf16 parameters fp32 again: what is still the source's value rounded to bf16 becomes that value, all else
-    is as trained; kept masters replace their columns. A frozen weight that had moved would stay different."""
-    for leaf in leaves.values():
-        leaf.adam.state.clear()  # makes room for fp32 weights
-    for name, p in model.named_parameters():
-        if p.dtype == torch.bfloat16:
-            before = source.get_parameter(name).detach().to(p.device)
-            p.data = torch.where(p == before.bfloat16(), before, p.float())
-        if name in leaves and leaves[name].keeps_master:
-            p.data[:, leaves[name].columns] = leaves[name].master.data
-
-
-def make_optimizer(model, masks, leaves, lr, weight_decay):
-    """AdamW of Table 8, for all but the leaves. It decays the unmasked matrices; masked ones get the same decay,
-    masked, in train()."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in leaves]
-    decayed = [p for name, p in trained if p.dim() > 1 and name not in masks]
-    others = [p for name, p in trained if p.dim() < 2 or name in masks]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
-
-
-@torch.no_grad()
-def heldout_loss(model, tokens, facts, args, autocast, in_parts):
-    """(bits per byte, nats per token) on up to --eval-tokens tokens in blocks spread evenly over a token file."""
-    num_blocks = len(tokens) // args.seq_len
-    chosen = np.linspace(0, num_blocks - 1, min(num_blocks, max(1, args.eval_tokens // args.seq_len))).astype(int)
+def heldout_loss(model, sequences, args, autocast):
+    """Return the mean loss, nats per token, on up to --eval-tokens tokens spread evenly over the text."""
+    count = min(len(sequences), max(1, args.eval_tokens // args.seq_len))
+    chosen = np.linspace(0, len(sequences) - 1, count).astype(int)
     total = 0.0
     model.eval()
-    for batch in blocks(tokens, chosen, args.seq_len).to(args.device).split(args.micro_batch_size):
+    for tokens in sequences[chosen]["input_ids"].to(args.device).split(args.micro_batch_size):
         with autocast():
-            total += next_token_loss(model, batch, in_parts).item()
+            total += next_token_loss(model, tokens).item()
     model.train()
-    nats = total / (len(chosen) * (args.seq_len - 1))
-    return nats / math.log(2) * facts["tokens"] / facts["bytes"], nats
+    return total / (count * (args.seq_len - 1))
 
 
-def state_bytes(model, masks, args):
-    """Bytes of "weights", "masters", "gradients", "moments" and "masks", by counting, and of the fp32 "copies" that a
-    step makes of one leaf at a time."""
-    found, inside = Counter(masks=sum(mask.numel() for mask in masks.values())), maskable(model)
-    leaves = [p.numel() for name, p in model.named_parameters()
-              if args.master != "fp32" or (args.compact and name in inside)]
-    found["copies"] = (10 if args.master == "stochastic" else 8) * max(leaves, default=0)
-    for name, p in source_parameters(model):
-        compact = args.compact and p.dim() == 2 and name in inside and not masks[name].all()
-        low = args.precision == "bf16" and (compact or args.master != "fp32")
-        size = p.numel() if name not in masks else p.numel() * masks[name].float().mean().item() if compact else \
-            p.numel() * bool(masks[name].any())
-        found += Counter(weights=p.numel() * (2 if low else 4), gradients=int(size) * (2 if low else 4),
-                         masters=int(size) * 4 * (compact and low and args.master == "fp32"), moments=int(size) * 8)
-    return found
+def make_optimizer(model, masks, args):
+    """Return AdamW (Table 8) over all trainable parameters, and the list of (parameter, mask) to decay.
+
+    AdamW decays the matrices that have no mask. Masked ones are decayed in the loop, masked. Norms and
+    biases are not decayed.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masked = {
+        p: masks[name].to(p.device) for name, p in params.items() if name in masks and p.dim() > 1
+    }
+    decayed = [p for p in params.values() if p.dim() > 1 and p not in masked]
+    others = [p for p in params.values() if p.dim() < 2 or p in masked]
+    options = {"lr": args.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if args.precision == "bf16-true":  # a decay of lr * wd would round to nothing in bf16
+        from variants.fused_adam import FusedAdam
+
+        groups = [{"params": decayed + list(masked), "weight_decay": args.weight_decay}]
+        groups.append({"params": [p for p in others if p not in masked], "weight_decay": 0.0})
+        return FusedAdam(groups, weight_decay=0.0, decay_masks=masked, **options), []
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=True, **options), list(masked.items())
 
 
-def decoder_layers(model):
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        fail(f"--gradient-checkpointing, --compile and --plan need layers that transformers can checkpoint; "
-             f"{type(model).__name__} has none")
-    return layers
+# ------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/checkpoint/step-N, which gets its name when it is complete
 
 
-def layer_bytes(model, args):
-    """(a, b, c): the backward pass of a decoder layer needs a + b * blocks bytes of activations, what autograd saves
-    between its input and its output, parameters apart, in the layer that saves most; checkpointing keeps c * blocks
-    bytes, the input, instead. Measured in forward passes that keep nothing."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def most(blocks_at_once):
-        saved, sizes, inside = {}, [], []
-
-        def pack(tensor):
-            if inside and tensor.untyped_storage().data_ptr() not in parameters:
-                saved[tensor.untyped_storage().data_ptr()] = tensor
-
-        def end(*_):
-            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
-            saved.clear()
-            inside.clear()
-        hooks = [hook for layer in decoder_layers(model) for hook in (
-            layer.register_forward_pre_hook(lambda *_: inside.append(True)), layer.register_forward_hook(end))]
-        ids = torch.zeros(blocks_at_once, args.seq_len, dtype=torch.long, device=next(model.parameters()).device)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), autocast_of(args)():
-            model.get_decoder()(input_ids=ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return max(sizes)
-
-    one, two = most(1), most(2)
-    size = model.config.get_text_config().hidden_size * (2 if args.precision == "bf16" and args.master != "fp32" else 4)
-    return 2 * one - two, two - one, args.seq_len * size
+def training_state(model, optimizer):
+    """Return all trained tensors and Adam's moments and steps, to be saved or loaded in place."""
+    state = {
+        f"weight/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad
+    }
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            state[f"{key}/{name}"] = value
+    return state
 
 
-def head_bytes(config, tokens, in_parts):
-    """Bytes at most for the logits of so many tokens, and for a copy and gradients of the head."""
-    text, parts = config.get_text_config(), loss_parts(config, tokens) if in_parts else 1
-    # of the head a bf16 copy, its gradient in bf16 and fp32, and the sum of the parts' gradients
-    return 12 * tokens / parts * text.vocab_size + (8 if parts == 1 else 12) * text.vocab_size * text.hidden_size
+def save_checkpoint(folder, step, model, optimizer, scaler, settings):
+    state = training_state(model, optimizer)
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        fail(
+            f"step {step}: the weights are not finite. Lower --lr; what was saved before is intact"
+        )
+    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=True)
+    except CheckpointException as error:  # a full disk, for instance
+        cause, _ = next(iter(error.failures.values()))
+        fail(f"step {step}: cannot save a checkpoint ({cause}). What was saved before is intact")
+    about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
+    about["files"] = shard_digests(temporary)
+    write_atomically(temporary / "checkpoint.json", json.dumps(about))
+    os.replace(temporary, final)
+    remove_checkpoints(folder, keep=final)
 
 
-def checkpointed_layers(layers, free, sizes, head, blocks_at_once):
-    """(how many of the layers, from the first, must be computed again in the backward pass to fit into `free` bytes,
-    bytes of activations then); more than there are if nothing fits. The others are gone when the first is computed."""
-    constant, each, kept = sizes
-    layer = constant + blocks_at_once * each
-    for n in range(layers + 1):
-        needed = n * blocks_at_once * kept + max((layers - n) * layer + head, layer * bool(n))
-        if needed <= free:
-            return n, needed
-    return layers + 1, needed
+def shard_digests(folder):
+    """Return a fast digest of every tensor file, to find damage."""
+    digests = {}
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return digests
 
 
-def checkpoint_layers(model, masks, args):
-    """--gradient-checkpointing: all layers, or as few as the memory demands that is free now, before gradients and
-    moments; from what one layer saves in a first forward pass."""
-    if args.gradient_checkpointing == "none":
-        return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = decoder_layers(model)
-    if args.gradient_checkpointing == "all":
-        return
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    sizes, state = layer_bytes(model, args), state_bytes(model, masks, args)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading and measuring left is free, too
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = (1024 * int(re.search(rf"{key}: +(\d+)", Path("/proc/meminfo").read_text())[1])
-                       for key in ("MemAvailable", "MemTotal"))
-    free -= 0.05 * total + state["gradients"] + state["moments"] + state["copies"]  # a twentieth for fragmentation
-    head = head_bytes(model.config, args.micro_batch_size * args.seq_len, logits_are_the_heads(model, args))
-    n, needed = checkpointed_layers(len(layers), free, sizes, head, args.micro_batch_size)
-    print(f"gradient checkpointing: {min(n, len(layers))} of {len(layers)} layers; one saves {sizes[0] / 1e9:.3f} GB, "
-          f"and {sizes[1] / 1e9:.3f} for each block; {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} needed")
-    if n > len(layers):
-        fail(f"activations need {needed / 1e9:.1f} GB, {max(0, free) / 1e9:.1f} are free: lower --micro-batch-size")
-    for layer in layers[:n]:
-        layer.gradient_checkpointing = True
+def find_checkpoint(folder):
+    """Return the newest complete checkpoint, or None."""
+    steps = [
+        path
+        for path in folder.glob("step-*")
+        if (path / "checkpoint.json").is_file() and path.suffix != ".tmp"
+    ]
+    return max(steps, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def autocast_of(args):
-    """The context manager of the forward pass; a model in bf16 (--master none) needs none. Its cache would keep a copy
-    of all weights, and add up the gradients of the loss's parts in low precision."""
-    return functools.partial(torch.autocast, torch.device(args.device).type, cache_enabled=False,
-                             enabled=args.precision != "fp32" and args.master == "fp32",
-                             dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16)
+def remove_checkpoints(folder, keep=None):
+    for path in folder.glob("step-*"):
+        if path != keep:
+            shutil.rmtree(path)
+    if not keep and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def check_resumable(path, settings):
+    """Return the step and scaler state of a checkpoint. Fail if it belongs to a run with other settings."""
+    try:
+        about = json.loads((path / "checkpoint.json").read_text())
+        saved = about["settings"]
+        if about["files"] != shard_digests(path):
+            raise ValueError("its tensor files are not as they were written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--resume: {path} is damaged ({error}). Delete it to start again")
+    changed = []
+    for key in saved | settings:
+        if saved.get(key) != settings.get(key):
+            changed.append(f"{key} was {saved.get(key)}, is {settings.get(key)}")
+    if changed:
+        fail(
+            f"--resume: {path} belongs to a run with other settings: {'; '.join(changed)}. "
+            "Run as before, or delete it to start again"
+        )
+    return about["step"], about["scaler"]
+
+
+def load_checkpoint(path, model, optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = {
+                key: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                for key in MOMENTS
+            }
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32)} | moments
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(training_state(model, optimizer), storage_reader=reader, no_dist=True)
+    except (CheckpointException, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fail(f"--resume: {path} is damaged ({error}). Delete it to start again")
 
 
 def write_atomically(path, text):
+    """Write to a temporary file and rename it, so that the file is never incomplete."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def save_checkpoint(path, step, model, leaves, optimizer, scaler, settings):
-    """Writes all that --resume needs: weights, masters, Adam's moments and steps, the loss scale; all or nothing."""
-    tensors = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {f"master/{name}": leaf.master.detach() for name, leaf in leaves.items() if leaf.keeps_master}
-    if not all(torch.isfinite(weight).all() for weight in tensors.values()):
-        fail(f"step {step}: weights are not finite; what was saved before is intact. Lower --lr, or check the data")
-    for name, p in model.named_parameters():
-        state = leaves[name].adam.state[leaves[name].master] if name in leaves else optimizer.state.get(p, {})
-        tensors |= {f"{key}/{name}": value for key, value in state.items()}
-    metadata = {"format": "ssu-checkpoint", "version": "1", "step": str(step), "settings": json.dumps(settings),
-                "scaler": json.dumps(scaler.state_dict())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint_step(path, settings):
-    """Step of a checkpoint. Raises SystemExit(2) when it is damaged, or of a run with other settings, naming them."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        fail(f"--resume: {path} is damaged ({error}); delete it to start anew")
-    if (metadata.get("format"), metadata.get("version")) != ("ssu-checkpoint", "1"):
-        fail(f"--resume: {path} is not a checkpoint of train.py; delete it and start anew")
-    saved = json.loads(metadata["settings"])
-    differing = [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in saved | settings
-                 if saved.get(key) != settings.get(key)]
-    if differing:
-        fail(f"--resume: {path} belongs to a run with other settings: {'; '.join(differing)}. Run as before, or "
-             "delete it to start anew")
-    return int(metadata["step"])
+# ------------------------------------------------------------------------------------------------------
+# Proof and final model
 
 
 @torch.no_grad()
-def load_checkpoint(path, model, leaves, optimizer, scaler):
-    with safe_open(path, "pt") as file:
-        scaler.load_state_dict(json.loads(file.metadata()["scaler"]))
-        names = set(file.keys())
-        for name, p in model.named_parameters():
-            p.copy_(file.get_tensor(f"weight/{name}"))
-            state = {key: file.get_tensor(f"{key}/{name}").to(p.device)
-                     for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in names}
-            if name in leaves:
-                leaves[name].adam.state[leaves[name].master] = state
-                if leaves[name].keeps_master:
-                    leaves[name].master.copy_(file.get_tensor(f"master/{name}"))
-            else:
-                optimizer.state[p] = state
+def take_over(model, source, masks):
+    """Copy the trained weights into `source` and prove that the frozen ones did not move (Section 3.3).
 
-
-def compare_with_source(model, masks, source):
-    """(frozen weights, all bit-identical to the source; updatable weights; those of them that moved).
-
-    Raises SystemExit(2) if any frozen weight differs in any bit from what Section 3.3 promises."""
-    frozen = updatable = moved = 0
-    for name, p in source_parameters(model):
-        before = source.get_parameter(name)
-        differs = p.detach().cpu().view(torch.int32) != before.detach().view(torch.int32)
-        update = masks[name].bool().expand(p.shape) if name in masks else torch.ones_like(differs)
-        if (differs & ~update).any():
-            fail(f"{int((differs & ~update).sum())} frozen weights of {name} differ from the source model, so nothing "
-                 "is saved. This is a defect of the loop: please report it")
+    A weight that is still the source's value, rounded to the precision of training, keeps the source's
+    own bits. Return the numbers of frozen, trainable and moved weights.
+    """
+    frozen = trainable = moved = 0
+    for name, p in model.named_parameters():
+        before, now = source.get_parameter(name), p.detach().cpu()
+        after = torch.where(now == before.to(now.dtype), before, now.float())
+        changed = after.view(torch.int32) != before.view(torch.int32)
+        update = masks[name].bool().expand(p.shape) if name in masks else torch.ones_like(changed)
+        if (changed & ~update).any():
+            fail(
+                f"frozen weights of {name} differ from the source model, so nothing is saved. "
+                "This is a bug in train.py: please report it"
+            )
+        if not torch.isfinite(after).all():
+            fail(f"the trained weights of {name} are not finite, so nothing is saved. Lower --lr")
         frozen += int((~update).sum())
-        updatable += int(update.sum())
-        moved += int((differs & update).sum())
-    return frozen, updatable, moved
+        trainable += int(update.sum())
+        moved += int((changed & update).sum())
+        before.copy_(after)
+    return frozen, trainable, moved
 
 
-def save_model(model, source_folder, out, dtype):
-    """Saves an ordinary Hugging Face folder: weights in the source model's dtype; tokenizer, chat template, config and
-    generation files byte for byte those of the source. Then loads it again and returns its answer to one chat."""
+def save_model(model, source_directory, out, dtype):
+    """Write an ordinary Hugging Face directory; all files but the weights are the source's, byte for byte."""
     shutil.rmtree(out, ignore_errors=True)
+    model.generation_config = transformers.GenerationConfig()  # the source's file is copied below
     model.to(dtype).save_pretrained(out)
-    for file in source_folder.iterdir():
-        if file.is_file() and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"):
+    for file in source_directory.iterdir():
+        if (
+            file.is_file()
+            and file.suffix not in WEIGHT_FILES
+            and not file.name.endswith(".index.json")
+        ):
             shutil.copyfile(file, out / file.name)
     for file in out.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    saved, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=dtype), AutoTokenizer.from_pretrained(out)
-    prompt = QUESTION
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": QUESTION}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-    answer = saved.to(model.device).generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False,
-        pad_token_id=tokenizer.eos_token_id)[0, inputs["input_ids"].shape[1]:]
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def parameter_table(model, masks):
+    """Return lines that account for every parameter, by kind: trained, masked or frozen."""
+    kinds = {}
+    for name, p in model.named_parameters():
+        state = "trained"
+        if name in masks:
+            state = f"{(masks[name] == 0).float().mean().item():.2%} frozen"
+        kind = re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape)), state
+        kinds[kind] = kinds.get(kind, 0) + 1
+    lines = [
+        f"  {name:<50} {shape:>12} x {n:<4} {state}" for (name, shape, state), n in kinds.items()
+    ]
+    if model.config.tie_word_embeddings:
+        lines.append("  lm_head: shares its weight with the embeddings")
+    return lines
 
 
 def peak_memory(device):
-    """Peak bytes: of torch's allocator on a GPU, of the process on a CPU."""
-    if torch.device(device).type == "cuda":
+    """Return the peak bytes of PyTorch's allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def git_commit():
-    """The commit of this script, with -dirty where files were changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Return the commit of this script, with -dirty if files changed since, or None outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         return None
 
 
-def train(args, model, masks, leaves, tokens, heldout, settings, start):
-    """The loop of Section 3.3, from step `start`; --resume relies on its order of events. tokens: memmap [tokens];
-    heldout: {"source" or "target": (tokens, facts)}. Trains `model` in place. Raises SystemExit(2) if not finite."""
-    checkpoint, log = args.out / "checkpoint/state.safetensors", args.out / "train.jsonl"
+# ------------------------------------------------------------------------------------------------------
+
+
+def train(args, model, masks, sequences, heldout, settings, start, scaler_state):
+    """Run the loop of Section 3.3 from step `start`. --resume relies on the order of its events."""
     device = torch.device(args.device)
-    optimizer = make_optimizer(model, masks, leaves, args.lr, args.weight_decay)
+    optimizer, decayed = make_optimizer(model, masks, args)
+    masked = [
+        (p, masks[name].to(device))
+        for name, p in model.named_parameters()
+        if name in masks and p.requires_grad
+    ]
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    autocast, in_parts = autocast_of(args), logits_are_the_heads(model, args)
-    if not in_parts:
-        print("the model scales or caps what its head gives, so all logits of a micro-batch are computed at once")
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # HFT's layers differ in what is frozen
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=False)  # one graph for all alike, and no wrapper that would change names
-    masked = [(p, masks[name].to(device)) for name, p in model.named_parameters() if name in masks and p.requires_grad]
-    if args.gmt_ratio is not None:  # in hooks, so that each micro-batch is cut before it is added to .grad
-        for p in map(model.get_parameter, maskable(model)):
-            if p.dim() > 1:
-                p.register_hook(functools.partial(drop_smallest, ratio=args.gmt_ratio))
-    lines = [json.dumps({"settings": settings, "arguments": vars(args)}, default=str)]
+    # The cache of autocast would keep a copy of all weights.
+    autocast = functools.partial(
+        torch.autocast,
+        device.type,
+        dtype=DTYPES[args.precision],
+        enabled=args.precision in ("bf16", "fp16"),
+        cache_enabled=False,
+    )
+    if (
+        args.gmt_ratio is not None
+    ):  # in hooks, so that each micro-batch is cut before it is accumulated
+        for name in maskable(model):
+            if model.get_parameter(name).dim() > 1:
+                model.get_parameter(name).register_hook(
+                    functools.partial(drop_smallest, ratio=args.gmt_ratio)
+                )
+    log = args.out / "train.jsonl"
     if start:
-        load_checkpoint(checkpoint, model, leaves, optimizer, scaler)
-        written = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        lines = [json.dumps(line) for line in written if "summary" not in line and line.get("step", 0) <= start]
+        load_checkpoint(find_checkpoint(args.out / "checkpoint"), model, optimizer)
+        compact.write_columns(model)
+        scaler.load_state_dict(scaler_state)
         print(f"resumed after step {start} of {args.steps}")
-    write_atomically(log, "\n".join(lines) + "\n")
 
-    num_blocks, tokens_per_step, seconds = len(tokens) // args.seq_len, args.batch_size * args.seq_len, 0.0
-
-    def record(step, **values):
-        for side, (side_tokens, facts) in heldout.items():
-            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-                bits, nats = heldout_loss(model, side_tokens, facts, args, autocast, in_parts)
-                values |= {f"{side}_bpb": round(bits, 6), f"{side}_loss": round(nats, 6)}
-                tqdm.write(f"step {step}: held-out {side} {bits:.4f} bits a byte, {nats:.4f} nats a token")
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+    def measure(step):
+        """Return the held-out losses of step `step`, if it is one that measures them."""
+        values = {}
+        if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
+            for side, (texts, counts, _) in heldout.items():
+                nats = heldout_loss(model, texts, args, autocast)
+                bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]
+                values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
+                tqdm.write(
+                    f"step {step}: held-out {side} {bits:.4f} bits per byte, {nats:.4f} nats per token"
+                )
+        return values
 
     if not start:
-        record(0)
-    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", desc="train")):
+        append_line(log, {"step": 0} | measure(0))
+    tokens_per_step, seconds = args.batch_size * args.seq_len, 0.0
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", desc="train")
+    for step in bar:
         began = time.perf_counter()
-        lr = lr_at(step, args.steps, args.warmup_ratio, args.lr)
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any, resumes alike
-        batch = blocks(tokens, batch_indices(step, args.batch_size, num_blocks, args.seed), args.seq_len).to(device)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if any, resumes alike
+
+        # Forward and backward, accumulated over micro-batches
+        indices = batch_indices(step, args.batch_size, len(sequences), args.seed)
+        batch = sequences[indices]["input_ids"].to(device)
         loss = torch.zeros((), device=device)
         for micro_batch in batch.split(args.micro_batch_size):
             with autocast():
-                part = next_token_loss(model, micro_batch, in_parts)
-            part = part / (args.batch_size * (args.seq_len - 1))  # of the batch's mean
+                part = next_token_loss(model, micro_batch)
+            part = part / (args.batch_size * (args.seq_len - 1))  # its part of the batch's mean
             loss += part.detach()
             if args.adalora:
-                part = part + 0.5 * orthogonality(model) * len(micro_batch) / args.batch_size  # Table 8: 0.5
+                part = part + adalora.penalty(model) * len(micro_batch) / args.batch_size
             scaler.scale(part).backward()
         scaler.unscale_(optimizer)
 
+        # The method: a frozen weight gets no gradient (b_ij of Section 3.3)
         for param, mask in masked:
             if param.grad is not None:
-                param.grad.mul_(mask)  # the method: b_ij of Section 3.3
-        # inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
-        if leaves:
-            norm, scale = clip_gradients(model, leaves, args.max_grad_norm or math.inf)
-        else:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        if not torch.isfinite(loss) or not (torch.isfinite(norm) or scaler.get_scale() > 1):
-            fail(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}; what was saved before is intact. "
-                 "Lower --lr, or check the data")
-        if torch.isfinite(norm) and args.weight_decay and args.master == "fp32":
-            with torch.no_grad():
-                for param, mask in masked:
-                    if param.dim() > 1 and param.grad is not None:  # AdamW leaves those alone, too
-                        param.mul_(1 - lr * args.weight_decay * mask)  # decoupled decay, of updatable weights alone
-        scaler.step(optimizer)  # under fp16, leaves out a step whose gradients overflowed
-        scaler.update()
-        if leaves:
-            step_leaves(leaves, lr, args.weight_decay, scale, args.master == "stochastic")
-        if args.adalora and torch.isfinite(norm):
-            model.base_model.update_and_allocate(step)  # reads the gradients, prunes singular values
-        optimizer.zero_grad(set_to_none=True)
+                param.grad.mul_(mask)
 
+        unused = compact.without_gradient(model) if args.compact else None
+        if unused:
+            fail(
+                f"--compact: {unused} got no gradient. The model does not call it: train without --compact"
+            )
+
+        # Clip. inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        finite = bool(torch.isfinite(norm))
+        if not torch.isfinite(loss) or not (finite or scaler.get_scale() > 1):
+            fail(
+                f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}. Lower --lr or check the "
+                "data; what was saved before is intact"
+            )
+
+        # Decoupled weight decay, of trainable weights alone, then Adam
+        if finite and args.weight_decay:
+            with torch.no_grad():
+                for param, mask in decayed:
+                    if param.grad is not None:  # as AdamW does
+                        param.mul_(1 - lr * args.weight_decay * mask.to(param.dtype))
+        scaler.step(optimizer)  # fp16: skips a step whose gradients overflowed
+        scaler.update()
+        if args.compact:
+            compact.write_columns(model)
+        if args.adalora and finite:
+            model.base_model.update_and_allocate(step)  # reads the gradients
+        optimizer.zero_grad()
+
+        # Log, measure, save
         done = step + 1
-        logged = done % args.log_every == 0 or done == args.steps or (args.eval_every and done % args.eval_every == 0)
-        value = loss.item() if logged else None  # waits for the GPU, so that the clock below is right
+        evaluated = done == args.steps or (args.eval_every and done % args.eval_every == 0)
+        logged = evaluated or done % args.log_every == 0
+        value = loss.item() if logged else None  # waits for the GPU, so that the clock is right
         seconds += time.perf_counter() - began
         if logged:
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-            record(done, loss=round(value, 6), grad_norm=round(norm.item(), 6) if torch.isfinite(norm) else None, lr=lr,
-                   tokens=done * tokens_per_step, ms_per_step=round(1000 * seconds / (done - start)),
-                   peak_memory=peak_memory(device), tokens_per_second=round((done - start) * tokens_per_step / seconds))
+            speed = (done - start) * tokens_per_step / seconds
+            bar.set_postfix(loss=f"{value:.4f}", tok_s=f"{speed:.0f}", refresh=False)
+            line = {
+                "step": done,
+                "loss": round(value, 6),
+                "grad_norm": round(norm.item(), 6) if finite else None,
+                "lr": lr,
+                "tokens": done * tokens_per_step,
+                "ms_per_step": round(1000 * seconds / (done - start)),
+                "tokens_per_second": round(speed),
+                "peak_memory": peak_memory(device),
+            }
+            append_line(log, line | measure(done))
         if args.save_every and done % args.save_every == 0 and done < args.steps:
-            save_checkpoint(checkpoint, done, model, leaves, optimizer, scaler, settings)
+            save_checkpoint(args.out / "checkpoint", done, model, optimizer, scaler, settings)
 
 
-def made_up_masks(model):
-    """For --plan without --mask: half of the columns of every matrix, of every norm and bias."""
-    inside = maskable(model)
-    return {name: torch.arange(p.shape[-1]).remainder(2).to(torch.uint8).view((1,) * (p.dim() - 1) + (-1,))
-            for name, p in model.named_parameters() if name in inside}
+def append_line(path, values):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
 
 
-def plan(args):
-    """Prints what fits where: by counting, and by measuring what one random layer of this shape saves, on the CPU."""
-    config, skeleton = load_skeleton(args.model)
-    masks = load_masks(args.mask, skeleton) if args.mask else made_up_masks(skeleton)
-    layers, small = config.get_text_config().num_hidden_layers, copy.deepcopy(config)
-    text = small.get_text_config()
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 256, None
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    print(f"{args.model}: {sum(p.numel() for p in skeleton.parameters()):,} parameters; micro-batches of up to "
-          f"{args.micro_batch_size} x {args.seq_len} tokens, {args.precision}\n"
-          "a cell: blocks in a micro-batch, layers computed again in the backward pass; - : does not fit\n\n"
-          "| | state, GB | " + " | ".join(f"{size} GB" for size in GPUS) + " |\n|---|---|" + "---|" * len(GPUS))
-    rows = [("masked", False, "fp32")]
-    if has_columns(masks, skeleton):
-        rows += [("compact", True, "fp32"), ("compact, no master", True, "none")][:2 if args.precision == "bf16" else 1]
-    for label, compact, master in rows:
-        args.compact, args.master, args.device, cells = compact, master, "cpu", []
-        state = state_bytes(skeleton, masks, args)
-        layer = AutoModelForCausalLM.from_config(small, dtype=torch.float32 if master == "fp32" else torch.bfloat16)
-        names = {name: p.shape for name, p in layer.named_parameters()}
-        make_leaves(layer, {name: masks[name] for name in masks if name in names}, args)
-        sizes, in_parts = layer_bytes(layer, args), logits_are_the_heads(layer, args)
-        for size in GPUS.values():
-            free, blocks_at_once = 0.95 * 2**30 * size - state.total(), args.micro_batch_size
-            while True:
-                head = head_bytes(config, blocks_at_once * args.seq_len, in_parts)
-                n, _ = checkpointed_layers(layers, free, sizes, head, blocks_at_once)
-                if n <= layers or blocks_at_once == 1:
-                    break
-                blocks_at_once //= 2
-            cells.append("-" if n > layers else f"{blocks_at_once}, {n} of {layers}")
-        print(f"| {label} | {state.total() / 1e9:.1f} | " + " | ".join(cells) + " |")
+def start_log(path, header, start):
+    """Begin train.jsonl anew, or keep its readable lines up to step `start`."""
+    lines = [json.dumps(header)]
+    if start and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            try:
+                values = json.loads(line)
+            except ValueError:  # the line that a kill cut off
+                continue
+            if isinstance(values, dict) and values.get("step", start + 1) <= start:
+                lines.append(line)
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def check_out(args):
+    """Fail if --out holds what this run would overwrite, or not what --resume needs."""
+    final, log = args.out / "model", args.out / "train.jsonl"
+    checkpoint = find_checkpoint(args.out / "checkpoint")
+    if args.resume and final.exists() and checkpoint:  # killed while it removed the checkpoint
+        remove_checkpoints(args.out / "checkpoint")
+        print(f"finished before: {final}")
+        raise SystemExit(0)
+    if final.exists():
+        fail(f"--out {args.out}: holds a finished model. Choose another directory, or delete it")
+    if checkpoint and not args.resume:
+        fail(f"--out {args.out}: holds a checkpoint. Add --resume, or delete it to start again")
+    if args.resume and not checkpoint:
+        fail(f"--resume: {args.out}/checkpoint holds no checkpoint. Leave --resume out to start")
+    ours = log.exists() and '"settings"' in log.open(errors="replace").readline()
+    if not args.resume and not ours and (log.exists() or final.with_name("model.tmp").exists()):
+        fail(
+            f"--out {args.out}: holds a train.jsonl or model.tmp that train.py did not write. "
+            "Choose another directory"
+        )
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Create --out and keep other runs from writing there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        fail(f"--out {out}: cannot create this directory or write to it ({error})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        fail(f"--out {out}: another train.py writes there. Wait for it, or choose another one")
+    finally:
+        os.close(lock)
+
+
+def check_arguments(args, skeleton, masks):
+    """Fail if the model and the masks do not allow what the arguments ask for."""
+    matrices = [masks[name] for name in maskable(skeleton) & masks.keys() if masks[name].dim() == 2]
+    if args.compact and any(len(mask) > 1 for mask in matrices):
+        fail(
+            f"--compact: {args.mask} freezes rows or elements, but --compact needs columns. Leave it out"
+        )
+    if args.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        fail(
+            f"--gradient-checkpointing: {type(skeleton).__name__} does not support it. Leave it out"
+        )
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if context and args.seq_len > context:
+        fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
+
+
+def load_texts(args, tokenizer, directory):
+    """Return (training text, {side: held-out text}), each as load_sequences returns it."""
+    vocabulary = tokenizer.get_vocab()
+    end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
+    names = ("tokenizer", "chat_template", "vocab", "merges")
+    files = [path for path in directory.iterdir() if path.is_file() and path.name.startswith(names)]
+    read = functools.partial(
+        load_sequences,
+        tokenizer=tokenizer,
+        tokenizer_sha256=sha256_of(files),
+        end_of_text=vocabulary[end_of_text],
+        seq_len=args.seq_len,
+    )
+    training = read("--data", args.data)
+    heldout = {}
+    if args.source_eval:
+        heldout["source"] = read("--source-eval", args.source_eval)
+    if args.target_eval:
+        heldout["target"] = read("--target-eval", args.target_eval)
+    for label, (_, counts, _) in {"training": training, **heldout}.items():
+        print(
+            f"{label} text: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
+            f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "
+            f"{counts['tokens'] / max(1, counts['words']):.2f} per word"
+        )
+    print(f"each document ends with {end_of_text!r}; the vocabulary is not extended")
+    return training, heldout
+
+
+def resume_settings(args, masks, key, commit, directory):
+    """Return what a resumed run must have in common with the interrupted one to reach the same bits."""
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    on_cpu = args.device == "cpu"
+    return {name: getattr(args, name) for name in RESUME_SETTINGS} | {
+        "model": commit
+        or sha256_of([path for path in directory.iterdir() if path.suffix in kinds]),
+        "data": key,
+        "mask": digest_of(masks) if masks else None,
+        "device": torch.device(args.device).type,
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "cpu": torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def build_model(args, masks):
+    """Load the model to be trained, with the parameters that are frozen as a whole excluded."""
+    device = torch.device(args.device)
+    flash = device.type == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
+    options = {"attn_implementation": "flash_attention_2"} if flash else {}
+    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    model = load_model(args.model, dtype=dtype, **options).train()
+    print(f"attention: {model.config._attn_implementation}")
+    if args.adalora:
+        model = adalora.add_adapters(model, args.steps, args.seed)
+    for name, mask in masks.items():  # frozen as a whole: no gradient and no moments
+        model.get_parameter(name).requires_grad_(bool(mask.any()))
+    if args.compact:  # on the CPU, so that the whole fp32 model never meets the GPU
+        compact.make_compact(model, masks, args.precision)
+    model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # HFT's layers differ in what is frozen
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(
+        f"bytes: weights {sum(p.nbytes for p in model.parameters()):,}, "
+        f"gradients {sum(p.nbytes for p in trained):,}, "
+        f"Adam's moments {sum(8 * p.numel() for p in trained):,}; activations come on top"
+    )
+    return model
+
+
+def prove_and_save(args, model, masks, dtype, directory):
+    """Compare the frozen weights with the source model, then write OUT/model."""
+    source = load_model(args.model, dtype=torch.float32)
+    if any(not torch.equal(p.to(dtype).float(), p) for p in source.parameters()):
+        dtype = (
+            torch.float32
+        )  # the files are finer than config.json says: frozen weights would move
+    if args.compact:
+        compact.make_ordinary(model, source)
+    if args.adalora:
+        model = adalora.merge(model, source)
+    frozen, trainable, moved = take_over(model, source, masks)
+    print(
+        f"verified: {frozen:,} frozen weights are bit-identical to the source; "
+        f"{moved / trainable:.2%} of {trainable:,} trainable weights moved"
+    )
+    if moved / trainable < 0.5:
+        print("warning: most trainable weights never moved. Is the learning rate too small?")
+    final = args.out / "model"
+    save_model(source, directory, final.with_name("model.tmp"), dtype)
+    summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
+    summary |= {"peak_memory": peak_memory(torch.device(args.device)), "commit": git_commit()}
+    append_line(args.out / "train.jsonl", {"summary": summary})
+    os.replace(final.with_name("model.tmp"), final)  # last, so that model/ is always complete
+    remove_checkpoints(args.out / "checkpoint")
+    print(f"model: {final}; log: {args.out}/train.jsonl")
+    print(
+        f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG --data-dir DIR"
+    )
 
 
 def run(args):
-    if args.plan:
-        return plan(args)
-    checkpoint, final = args.out / "checkpoint/state.safetensors", args.out / "model"
-    if args.resume and not (checkpoint.is_file() and (args.out / "train.jsonl").is_file()):
-        fail(f"--resume: no checkpoint at {checkpoint}, or no train.jsonl; leave --resume out to start")
-    config, skeleton = load_skeleton(args.model)
-    tokenizer, folder = load_tokenizer(args.model)
+    # Check everything that needs no weights
+    skeleton, tokenizer, directory = load_skeleton(args.model)
     masks = load_masks(args.mask, skeleton) if args.mask else {}
-    if args.compact and not has_columns(masks, skeleton):
-        fail(f"--compact: {args.mask} is no column mask. The gradient of a column needs its input feature alone; rows "
-             "and elements are not supported. Train without --compact")
-    if args.compile or args.gradient_checkpointing != "none":
-        decoder_layers(skeleton)
-    if args.adalora:  # all that carries adapters is frozen
-        masks = {name: torch.zeros((1,) * skeleton.get_parameter(name).dim(), dtype=torch.uint8)
-                 for name in maskable(skeleton)}
-    vocabulary, embeddings = tokenizer.get_vocab(), skeleton.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        fail(f"--model {args.model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {embeddings:,} rows")
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or args.seq_len
-    if args.seq_len > context:
-        fail(f"--seq-len {args.seq_len}: {args.model} was made for {context} tokens at most")
-    if final.exists():
-        fail(f"--out {args.out}: holds a finished model; choose another folder or delete it")
-    if checkpoint.exists() and not args.resume:
-        fail(f"--out {args.out}: holds a checkpoint; add --resume to go on, or delete it to start anew")
+    check_arguments(args, skeleton, masks)
+    check_out(args)
 
-    # Text is tokenised once, beside the run's other artifacts, for all methods.
-    end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
-    tokenizer_files = [f for f in folder.iterdir()
-                       if f.is_file() and f.name.startswith(("tokenizer", "chat_template", "vocab", "merges"))]
-    read = functools.partial(token_file, tokenizer=tokenizer, tokenizer_sha256=sha256_of(tokenizer_files),
-                             end_of_text=vocabulary[end_of_text], cache=args.out.parent / "tokens",
-                             at_least=args.seq_len)
-    tokens, facts = read("--data", args.data)
-    heldout = {side: read(f"--{side}-eval", path, templated=side == "source")
-               for side, path in (("source", args.source_eval), ("target", args.target_eval)) if path}
-    num_blocks = len(tokens) // args.seq_len
-
-    # What a resumed run must have in common with the interrupted one to reach the same bits.
-    device, digest = torch.device(args.device), hashlib.sha256()
-    for name in sorted(masks):
-        digest.update(name.encode() + masks[name].numpy().tobytes())
-    settings = {key: getattr(args, key) for key in (
-        "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
-        "precision", "master", "compact", "compile", "seed", "gradient_checkpointing", "gmt_ratio", "adalora")}
-    settings |= {
-        "model": getattr(config, "_commit_hash", None) or sha256_of(
-            f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model")),
-        "data": facts["key"], "mask": digest.hexdigest() if masks else None,
-        "device": device.type, "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "torch": torch.__version__, "transformers": transformers.__version__}
-    start = read_checkpoint_step(checkpoint, settings) if args.resume else 0
-
-    count = sum(p.numel() for p in skeleton.parameters())
-    flash = device.type == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
-    method = "AdaLoRA" if args.adalora else "static mask" if masks else "full fine-tuning"
-    if args.gmt_ratio is not None:
-        method = f"GMT, {args.gmt_ratio:.1%} of each matrix's gradient dropped"
-    print(f"{method}: {args.model}, {count:,} parameters, {args.precision} on {device},"
-          f" {'flash-attn' if flash else 'SDPA'}")
+    # Say what will be done
+    total = sum(p.numel() for p in skeleton.parameters())
+    print(f"{args.model}, {total:,} parameters, {args.precision} on {args.device}")
     print("\n".join(parameter_table(skeleton, masks)))
-    for label, (_, f) in {"training": (None, facts), **heldout}.items():
-        print(f"{label} text: {f['documents']:,} documents, {f['bytes']:,} bytes, {f['tokens']:,} tokens: "
-              f"{f['tokens'] / f['bytes']:.3f} tokens a byte, {f['tokens'] / max(1, f['words']):.2f} a word")
-    print(f"each document ends with {end_of_text!r} (id {vocabulary[end_of_text]}); the vocabulary is not extended")
-    first = blocks(tokens, batch_indices(0, 1, num_blocks, args.seed), args.seq_len)[0]
-    print(f"first block: {tokenizer.decode(first)!r}")
+    (sequences, _, key), heldout = load_texts(args, tokenizer, directory)
+    first = sequences[batch_indices(0, 1, len(sequences), args.seed)[0]]["input_ids"]
+    print(f"first sequence: {tokenizer.decode(first)!r}")
     drawn = args.steps * args.batch_size
-    print(f"{args.steps:,} steps x {args.batch_size} blocks x {args.seq_len} = {drawn * args.seq_len:,} tokens, "
-          f"{drawn / num_blocks:.2f} epochs of {num_blocks:,} blocks; "
-          f"{math.ceil(args.batch_size / args.micro_batch_size)} micro-batches a step")
-    state = state_bytes(skeleton, masks, args)
-    print(f"bytes: weights {state['weights']:,}, masters beside them {state['masters']:,}, gradients "
-          f"{state['gradients']:,}, Adam's moments {state['moments']:,}, masks {state['masks']:,}; "
-          "activations come on top" + " and the adapters" * args.adalora)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    if (needed := state.total()) > memory:
-        fail(f"these need {needed / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: choose a smaller model"
-             + ", or --compact for a column mask" * (not args.compact))
+    print(
+        f"{args.steps:,} steps x {args.batch_size} sequences x {args.seq_len} tokens = "
+        f"{drawn * args.seq_len:,} tokens, {drawn / len(sequences):.2f} epochs of "
+        f"{len(sequences):,} sequences; "
+        f"{math.ceil(args.batch_size / args.micro_batch_size)} micro-batches per step"
+    )
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model, torch.float32 if args.master == "fp32" else torch.bfloat16,
-                       attn_implementation="flash_attention_2" if flash else "sdpa").train()
-    if not args.compact:
-        model.to(device)
-    if args.adalora:
-        torch.manual_seed(args.seed)
-        model = add_adalora(model, args.steps)
-    for name, p in source_parameters(model):
-        p.requires_grad_(name not in masks or bool(masks[name].any()))  # wholly frozen: no gradient, no moments
-    leaves = make_leaves(model, masks, args)  # in compact mode the whole fp32 model never meets the device
-    checkpoint_layers(model, masks, args)
-    train(args, model, masks, leaves, tokens, heldout, settings, start)
+    # Resume
+    commit = getattr(skeleton.config, "_commit_hash", None)
+    settings = resume_settings(args, masks, key, commit, directory)
+    start, scaler_state = 0, None
+    if args.resume:
+        checkpoint = find_checkpoint(args.out / "checkpoint")
+        start, scaler_state = check_resumable(checkpoint, settings)
 
-    # Proof before the save: what was frozen is what it was.
-    model.zero_grad(set_to_none=True)
-    source = load_model(args.model)
-    restore(model, leaves, source)
-    frozen, updatable, moved = compare_with_source(model, masks, source)
-    dtype = config.dtype or torch.float32
-    if any(not torch.equal(p.to(dtype).float(), p) for p in source.parameters()):
-        dtype = torch.float32  # the files are finer than config.json says: rounding would move frozen weights
-    del source
-    if args.adalora:
-        model = model.merge_and_unload()
-    print(f"verified: {frozen:,} frozen weights are bit-identical to the source; "
-          f"{moved / updatable:.2%} of {updatable:,} updatable ones moved")
-    if moved / updatable < 0.5:
-        print("warning: most updatable weights never moved; is the learning rate too small?")
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        fail("the trained weights are not finite; nothing is saved. Lower --lr, or check the data")
-    temporary = final.with_name("model.tmp")  # gets its name when all else is done, so that a kill leaves no doubt
-    answer = save_model(model, folder, temporary, dtype)
-    with open(args.out / "train.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"summary": {
-            "frozen_verified": frozen, "updatable": updatable, "moved": moved, "answer": answer,
-            "peak_memory": peak_memory(device), "commit": git_commit()}}) + "\n")
-    os.replace(temporary, final)
-    shutil.rmtree(checkpoint.parent, ignore_errors=True)
-    print(f"the saved model, asked {QUESTION!r}, says: {answer!r}")
-    print(f"model: {final}; log: {args.out}/train.jsonl")
-    print(f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG --data-dir DIR")
+    # Train, prove, save
+    with locked(args.out):
+        model = build_model(args, masks)
+        arguments = {name: str(value) for name, value in vars(args).items()}
+        header = {"settings": settings, "arguments": arguments}
+        start_log(args.out / "train.jsonl", header, start)
+        train(args, model, masks, sequences, heldout, settings, start, scaler_state)
+        dtype = skeleton.config.dtype or torch.float32
+        prove_and_save(args, model, masks, dtype, directory)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written, a damaged file
-        fail(f"{error} (what was written before is intact)")
+    except (OSError, SafetensorError) as error:  # a full disk, for instance
+        fail(f"{error}. What was written before is intact")
     except torch.OutOfMemoryError as error:
-        fail(f"{error} (what was written before is intact). Lower --micro-batch-size, or add --gradient-checkpointing "
-             "auto, or --compact for a column mask")
+        fail(f"{error}. Lower --micro-batch-size, or add --gradient-checkpointing or --compact")
+    except KeyboardInterrupt:
+        tqdm.write("train.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

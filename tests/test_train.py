@@ -1,4 +1,5 @@
 """train.py: the loop against torch.optim.AdamW, the shield, exact resume, and what it refuses."""
+
 import importlib.util
 import json
 import math
@@ -9,8 +10,8 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import make_mask
 import score
 import train
+from variants import adalora
 
-TINY = ["--steps", "20", "--batch-size", "4", "--micro-batch-size", "2", "--seq-len", "32", "--lr", "1e-2",
-        "--log-every", "1", "--precision", "fp32", "--device", "cpu"]
+TINY = [
+    "--steps",
+    "20",
+    "--batch-size",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--seq-len",
+    "32",
+    "--lr",
+    "1e-2",
+    "--log-every",
+    "1",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +51,39 @@ def mask(olmo2, chats, tmp_path_factory):
 
 
 def make_masks(model, chats, folder):
-    score.main(["--model", str(model), "--data", str(chats), "--out", str(folder / "scores"), "--num-samples", "4",
-                "--seq-len", "64"])
+    score.main(
+        [
+            "--model",
+            str(model),
+            "--data",
+            str(chats),
+            "--out",
+            str(folder / "scores"),
+            "--num-samples",
+            "4",
+            "--seq-len",
+            "64",
+        ]
+    )
     make_mask.main(["--scores", str(folder / "scores"), "--out", str(folder / "mask.safetensors")])
     return folder / "mask.safetensors"
 
 
 def arguments(model, data, out, *extra):
     return ["--model", str(model), "--data", str(data), "--out", str(out), *TINY, *map(str, extra)]
+
+
+def state_of(out):
+    """All tensors of the newest checkpoint below a run's directory."""
+    state = {}
+    for path in train.find_checkpoint(out / "checkpoint").glob("*.safetensors"):
+        state |= load_file(path)
+    return state
+
+
+def step_of(out):
+    found = train.find_checkpoint(out / "checkpoint")
+    return int(found.name.removeprefix("step-")) if found else 0
 
 
 def weights(folder):
@@ -56,12 +99,31 @@ def log_of(folder):
 def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, tmp_path):
     model = tiny_model(tmp_path / "source", kind)
     masks = make_masks(model, chats, tmp_path)
-    train.main(arguments(model, text, tmp_path / "out", "--mask", masks, "--weight-decay", "0.1",
-                         "--precision", precision))
-    source, trained, masks = load_file(model / "model.safetensors"), weights(tmp_path / "out"), load_file(masks)
+    train.main(
+        arguments(
+            model,
+            text,
+            tmp_path / "out",
+            "--mask",
+            masks,
+            "--weight-decay",
+            "0.1",
+            "--precision",
+            precision,
+        )
+    )
+    source, trained, masks = (
+        load_file(model / "model.safetensors"),
+        weights(tmp_path / "out"),
+        load_file(masks),
+    )
     frozen = 0
     for name, before in source.items():
-        keep = masks[name].expand(before.shape) == 0 if name in masks else torch.zeros_like(before, dtype=torch.bool)
+        keep = (
+            masks[name].expand(before.shape) == 0
+            if name in masks
+            else torch.zeros_like(before, dtype=torch.bool)
+        )
         assert torch.equal(before[keep], trained[name][keep]), name
         assert (before[~keep] != trained[name][~keep]).float().mean() > 0.95, name
         frozen += int(keep.sum())
@@ -77,13 +139,43 @@ def static_mask(method, model, chats, out):
         make_mask.main(["--method", method, "--model", str(model), "--out", str(out), *ratio])
     elif method == "lota":
         adapted = tiny_model(out.with_name("adapted"), model_kind(model), seed=3)
-        score.main(["--model", str(model), "--method", "delta", "--axis", "element", "--adapted", str(adapted),
-                    "--out", str(scores)])
-        make_mask.main(["--scores", str(scores), "--freeze", "lowest", "--ratio", "0.9", "--out", str(out)])
+        score.main(
+            [
+                "--model",
+                str(model),
+                "--method",
+                "delta",
+                "--axis",
+                "element",
+                "--adapted",
+                str(adapted),
+                "--out",
+                str(scores),
+            ]
+        )
+        make_mask.main(
+            ["--scores", str(scores), "--freeze", "lowest", "--ratio", "0.9", "--out", str(out)]
+        )
     else:
         name, _, axis = method.partition("-")
-        score.main(["--model", str(model), "--data", str(chats), "--num-samples", "4", "--seq-len", "64",
-                    "--method", name, "--axis", axis or "column", "--out", str(scores)])
+        score.main(
+            [
+                "--model",
+                str(model),
+                "--data",
+                str(chats),
+                "--num-samples",
+                "4",
+                "--seq-len",
+                "64",
+                "--method",
+                name,
+                "--axis",
+                axis or "column",
+                "--out",
+                str(scores),
+            ]
+        )
         make_mask.main(["--scores", str(scores), "--out", str(out), "--freeze-chat-tokens"])
     return out
 
@@ -93,8 +185,19 @@ def model_kind(folder):
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])
-@pytest.mark.parametrize("method", ["sparsegpt", "fim", "wanda-row", "wanda-element", "hft", "s2ft-down",
-                                    "s2ft-down-output", "lota"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sparsegpt",
+        "fim",
+        "wanda-row",
+        "wanda-element",
+        "hft",
+        "s2ft-down",
+        "s2ft-down-output",
+        "lota",
+    ],
+)
 def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, request):
     """What it freezes is bit-identical, all else moves, wholly frozen matrices have no gradient and no moments."""
     model = request.getfixturevalue(kind)
@@ -102,15 +205,21 @@ def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, requ
     extra = ["--mask", mask, "--weight-decay", "0.1", "--steps", "6", "--save-every", "4"]
     pid = forked(train.main, arguments(model, text, tmp_path / "out", *extra), stop_after_saving)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    state, masks = load_file(tmp_path / "out/checkpoint/state.safetensors"), load_file(mask)
+    state, masks = state_of(tmp_path / "out"), load_file(mask)
     for name in load_file(model / "model.safetensors"):
         assert (f"exp_avg/{name}" in state) == (name not in masks or bool(masks[name].any())), name
     train.main(arguments(model, text, tmp_path / "out", *extra, "--resume"))
     source, trained, frozen = load_file(model / "model.safetensors"), weights(tmp_path / "out"), 0
     for name, before in source.items():
-        keep = masks[name].expand(before.shape) == 0 if name in masks else torch.zeros_like(before, dtype=torch.bool)
+        keep = (
+            masks[name].expand(before.shape) == 0
+            if name in masks
+            else torch.zeros_like(before, dtype=torch.bool)
+        )
         assert torch.equal(before[keep], trained[name][keep]), name
-        if "embed" not in name and "lm_head" not in name:  # tokens that do not occur get no gradient
+        if (
+            "embed" not in name and "lm_head" not in name
+        ):  # tokens that do not occur get no gradient
             assert keep.all() or (before[~keep] != trained[name][~keep]).float().mean() > 0.95, name
         frozen += int(keep.sum())
     assert log_of(tmp_path / "out")[-1]["summary"]["frozen_verified"] == frozen > 0
@@ -123,30 +232,58 @@ def stop_after_saving():
 
 def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo2, text, tmp_path):
     """The first update against torch.topk: with Adam's first step, exactly what was kept in some micro-batch moves."""
-    train.main(arguments(olmo2, text, tmp_path / "out", "--gmt-ratio", "0.75", "--weight-decay", "0", "--steps", "1",
-                         "--warmup-ratio", "0", "--max-grad-norm", "0"))
+    train.main(
+        arguments(
+            olmo2,
+            text,
+            tmp_path / "out",
+            "--gmt-ratio",
+            "0.75",
+            "--weight-decay",
+            "0",
+            "--steps",
+            "1",
+            "--warmup-ratio",
+            "0",
+            "--max-grad-norm",
+            "0",
+        )
+    )
     tokens, _ = next_tokens(olmo2, text, tmp_path)
-    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    blocks = torch.tensor(tokens).view(-1, 32)
     batch = blocks[train.batch_indices(0, 4, len(blocks), 42)]
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
     expected = {}
     for micro_batch in batch.split(2):
         model.zero_grad()
         logits = model(input_ids=micro_batch).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), micro_batch[:, 1:].flatten(), reduction="sum")
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), micro_batch[:, 1:].flatten(), reduction="sum"
+        )
         (loss / (4 * 31)).backward()
         for name, p in model.named_parameters():
             grad = p.grad.clone()
             if p.dim() == 2 and "proj" in name:
                 kept = grad.abs().flatten().topk(grad.numel() - int(0.75 * grad.numel())).indices
-                grad = torch.zeros(grad.numel()).index_copy(0, kept, grad.flatten()[kept]).view_as(grad)
+                grad = (
+                    torch.zeros(grad.numel())
+                    .index_copy(0, kept, grad.flatten()[kept])
+                    .view_as(grad)
+                )
             expected[name] = expected.get(name, 0) + grad
     trained = weights(tmp_path / "out")
     for name, p in model.named_parameters():
         moved, g = trained[name] != p, expected[name]
-        assert (moved == (g != 0)).float().mean() > 0.999, name  # the threshold's neighbours may change places
-        assert torch.allclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4) or \
-            torch.isclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4).float().mean() > 0.999
+        assert (moved == (g != 0)).float().mean() > 0.999, (
+            name
+        )  # the threshold's neighbours may change places
+        assert (
+            torch.allclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4)
+            or torch.isclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4)
+            .float()
+            .mean()
+            > 0.999
+        )
         if "proj" in name:
             assert 0.25 <= moved.float().mean() + 1e-3 and moved.float().mean() < 0.5 + 1e-3
 
@@ -174,56 +311,91 @@ def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
-def test_adalora_merged_gives_the_logits_of_the_unmerged_model(kind, text, tmp_path, request, monkeypatch):
-    """And the base weights stay as they were until the merge, which train.py verifies; embeddings and head move."""
+def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
+    kind, text, tmp_path, request, monkeypatch
+):
+    """Embeddings, head and adapted matrices move; norms do not; the ranks are pruned to Table 8's."""
     source, unmerged = request.getfixturevalue(kind), {}
     ids = torch.arange(3, 60)[None]
-    real = train.compare_with_source  # the last thing before the merge
+    real = adalora.merge
 
     def keep_logits(model, *rest):
         model.eval()
         with torch.no_grad():
             unmerged["logits"] = model(input_ids=ids).logits
-        unmerged["ranks"] = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
-        unmerged["base"] = {name: p.detach().clone() for name, p in train.source_parameters(model)}
+        unmerged["ranks"] = [
+            int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name
+        ]
         return real(model, *rest)
 
-    monkeypatch.setattr(train, "compare_with_source", keep_logits)
+    monkeypatch.setattr(adalora, "merge", keep_logits)
     train.main(arguments(source, text, tmp_path / "out", "--adalora", "--steps", "30"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(merged(input_ids=ids).logits, unmerged["logits"], atol=1e-4)
-    before = load_file(source / "model.safetensors")
-    assert unmerged["base"].keys() == before.keys()
-    frozen = 0
-    for name, base in unmerged["base"].items():
-        always_updated = "embed" in name or "lm_head" in name
-        assert torch.equal(base, before[name]) != always_updated, name
-        assert ("proj" in name or always_updated) == (not torch.equal(merged.get_parameter(name), before[name])) or \
-            name.endswith("bias"), name
-        frozen += 0 if always_updated else base.numel()
-    assert log_of(tmp_path / "out")[-1]["summary"]["frozen_verified"] == frozen
-    assert sum(unmerged["ranks"]) == 8 * len(unmerged["ranks"])  # pruned from 12 to Table 8's average of 8
+    for name, before in load_file(source / "model.safetensors").items():
+        trained = "embed" in name or "lm_head" in name or name.endswith("proj.weight")
+        assert trained == (not torch.equal(merged.get_parameter(name), before)), name
+    assert sum(unmerged["ranks"]) == 8 * len(
+        unmerged["ranks"]
+    )  # pruned from 12 to Table 8's average of 8
 
 
-def test_adalora_regulariser_equals_the_one_of_peft(olmo2):
-    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 100).eval()
+def test_adalora_refuses_to_save_a_frozen_weight_that_moved(olmo2):
+    source = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+    model = adalora.add_adapters(
+        AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 6, 42
+    )
+    model.base_model.model.model.norm.weight.data[3] += 1
+    with pytest.raises(ValueError, match="model.norm.weight is frozen"):
+        adalora.merge(model, source)
+
+
+def test_adalora_penalty_equals_the_one_of_peft(olmo2):
+    model = adalora.add_adapters(
+        AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 100, 42
+    ).eval()
     ids = torch.arange(3, 60)[None]
     plain = model.get_base_model()(input_ids=ids, labels=ids).loss
     assert (model(input_ids=ids, labels=ids).loss - plain).item() == pytest.approx(
-        0.5 * train.orthogonality(model).item(), rel=1e-4)
+        adalora.penalty(model).item(), rel=1e-4
+    )
     config = model.peft_config["default"]
     assert (config.total_step, config.tinit, config.tfinal, config.deltaT) == (100, 8, 70, 1)
-    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2), 12208)
+    model = adalora.add_adapters(AutoModelForCausalLM.from_pretrained(olmo2), 12208, 42)
     config = model.peft_config["default"]
-    assert {key: getattr(config, key) for key in (
-        "tinit", "tfinal", "deltaT", "init_r", "target_r", "lora_alpha", "lora_dropout", "beta1", "beta2",
-        "orth_reg_weight")} == dict(tinit=1000, tfinal=8546, deltaT=20, init_r=12, target_r=8, lora_alpha=32,
-                                    lora_dropout=0.05, beta1=0.85, beta2=0.85, orth_reg_weight=0.5)
+    assert {
+        key: getattr(config, key)
+        for key in (
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "init_r",
+            "target_r",
+            "lora_alpha",
+            "lora_dropout",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+        )
+    } == dict(
+        tinit=1000,
+        tfinal=8546,
+        deltaT=20,
+        init_r=12,
+        target_r=8,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        beta1=0.85,
+        beta2=0.85,
+        orth_reg_weight=0.5,
+    )
 
 
-def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(olmo2, text, tmp_path, monkeypatch, capsys):
-    real = train.add_adalora
+def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(
+    olmo2, text, tmp_path, monkeypatch
+):
+    real = adalora.add_adapters
 
     def without_dropout(*rest):
         model = real(*rest)
@@ -231,34 +403,38 @@ def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(olmo2, text,
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         return model
-    monkeypatch.setattr(train, "add_adalora", without_dropout)
+
+    monkeypatch.setattr(adalora, "add_adapters", without_dropout)
     found = []
     for size in (2, 2, 4):
         out = tmp_path / str(len(found))
-        train.main(arguments(olmo2, text, out, "--adalora", "--steps", "6", "--micro-batch-size", size))
+        train.main(
+            arguments(olmo2, text, out, "--adalora", "--steps", "6", "--micro-batch-size", size)
+        )
         found.append(weights(out))
     for name, weight in found[0].items():
         assert torch.equal(weight, found[1][name]), name
         assert torch.allclose(weight, found[2][name], atol=1e-3), name
 
-    gradients = re.search(r"gradients ([\d,]+), Adam", capsys.readouterr().out)[1].replace(",", "")
-    model = train.add_adalora(AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 6)
-    trained = [p for name, p in model.named_parameters() if "embed" in name or "lm_head" in name]
-    assert int(gradients) == sum(p.nbytes for p in trained)
-    base = {name for name, _ in train.source_parameters(model) if "embed" not in name and "lm_head" not in name}
-    masks = {name: torch.zeros(1, dtype=torch.uint8) for name in base}
-    args = train.parse_args(arguments(olmo2, text, tmp_path / "out", "--adalora"))
-    assert train.state_bytes(model, masks, args)["gradients"] == int(gradients)  # as --gradient-checkpointing auto asks
 
-
-def test_methods_that_exclude_each_other_are_refused(olmo2, mask, text, tmp_path, capsys, monkeypatch):
+def test_methods_that_exclude_each_other_are_refused(
+    olmo2, mask, text, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "out"
-    for extra in (["--mask", mask, "--gmt-ratio", "0.5"], ["--mask", mask, "--adalora"],
-                  ["--gmt-ratio", "0", "--adalora"], ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"]):
+    for extra in (
+        ["--mask", mask, "--gmt-ratio", "0.5"],
+        ["--mask", mask, "--adalora"],
+        ["--gmt-ratio", "0", "--adalora"],
+        ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"],
+    ):
         assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
-    for extra, message in ((["--adalora", "--save-every", "5"], "cannot resume"), (["--gmt-ratio", "1"], "below 1"),
-                           (["--adalora", "--precision", "fp16"], "fp16"),
-                           (["--adalora", "--resume"], "cannot resume"), (["--gmt-ratio", "nan"], "below 1")):
+    for extra, message in (
+        (["--adalora", "--save-every", "5"], "cannot resume"),
+        (["--gmt-ratio", "1"], "below 1"),
+        (["--adalora", "--precision", "fp16"], "bf16 or fp32"),
+        (["--adalora", "--resume"], "cannot resume"),
+        (["--gmt-ratio", "nan"], "below 1"),
+    ):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -275,14 +451,21 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
     blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
     no_decay = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-                                   {"params": no_decay, "weight_decay": 0.0}], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": no_decay, "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, 1, 20)
     lines = [line for line in log_of(tmp_path / "out") if line.get("step", 0) > 0]
     for step in range(20):
         # the whole batch at once here, two micro-batches there
         batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
-        loss = F.cross_entropy(model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss = F.cross_entropy(
+            model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert lines[step]["loss"] == pytest.approx(loss.item(), abs=2e-4)
@@ -297,15 +480,21 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
 
 def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp_path):
     """The shield from its definition: Adam and decay written out, multiplied by b_ij, in float64."""
-    train.main(arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--weight-decay", "0.1", "--steps", "5"))
+    train.main(
+        arguments(
+            olmo2, text, tmp_path / "out", "--mask", mask, "--weight-decay", "0.1", "--steps", "5"
+        )
+    )
     tokens, _ = next_tokens(olmo2, text, tmp_path)
-    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    blocks = torch.tensor(tokens).view(-1, 32)
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float64)
     masks = {name: m.double() for name, m in load_file(mask).items()}
     m1, m2 = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
     for step in range(5):
         batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
-        F.cross_entropy(model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        F.cross_entropy(
+            model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        ).backward()
         grads = {name: p.grad * masks.get(name, 1) for name, p in model.named_parameters()}
         norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads.values()))
         lr = 1e-2 * (0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 4)))
@@ -314,62 +503,121 @@ def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp
                 g = grads[name] * min(1, 1 / (norm + 1e-6))
                 m1[name] = 0.9 * m1[name] + 0.1 * g
                 m2[name] = 0.999 * m2[name] + 0.001 * g * g
-                update = (m1[name] / (1 - 0.9 ** (step + 1))) / ((m2[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                update = (m1[name] / (1 - 0.9 ** (step + 1))) / (
+                    (m2[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                )
                 p -= lr * masks.get(name, 1) * (update + (0.1 * p if p.dim() > 1 else 0))
                 p.grad = None
     for name, value in weights(tmp_path / "out").items():
         close = torch.isclose(value.double(), model.get_parameter(name), atol=1e-4)
-        assert close.float().mean() > 0.999, name  # Adam amplifies rounding where a gradient is next to 0
+        assert close.float().mean() > 0.999, (
+            name
+        )  # Adam amplifies rounding where a gradient is next to 0
 
 
-def next_tokens(model, text, folder):
+def next_tokens(model, text, folder, flag="--data"):
+    """The token ids of a text, [tokens], and its counts, as train.py reads it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return train.token_file("--data", str(text), tokenizer, "x", 0, folder / "cache")
+    sequences, counts, _ = train.load_sequences(flag, str(text), tokenizer, "x", 0, 32)
+    return sequences[:]["input_ids"].flatten().numpy(), counts
 
 
-def test_tokens_end_of_text_dtype_and_cache(olmo2, text, tmp_path):
-    tokens, facts = next_tokens(olmo2, text, tmp_path)
-    assert tokens.dtype == np.uint16 and isinstance(tokens, np.memmap)
-    assert (tokens == 0).sum() == facts["documents"] == 60 and tokens[-1] == 0
-    assert facts["bytes"] == sum(len(json.loads(line)["text"].encode()) for line in text.read_text().splitlines())
-    assert AutoTokenizer.from_pretrained(olmo2).decode(tokens[:20].astype(int)).startswith("The old mill")
-    (cached,) = (tmp_path / "cache").glob("*.bin")
-    before = cached.stat().st_mtime_ns
+def test_tokens_are_the_documents_each_ended_and_cached(olmo2, text, tmp_path):
+    tokens, counts = next_tokens(olmo2, text, tmp_path)
+    tokenizer, expected = AutoTokenizer.from_pretrained(olmo2), []
+    for line in text.read_text().splitlines():
+        expected += tokenizer(json.loads(line)["text"])["input_ids"] + [0]
+    assert tokens.tolist() == expected[: len(expected) // 32 * 32]
+    assert counts["documents"] == 60 and counts["tokens"] == len(expected)
+    assert counts["bytes"] == sum(
+        len(json.loads(line)["text"].encode()) for line in text.read_text().splitlines()
+    )
+    key = train.load_sequences("--data", str(text), tokenizer, "x", 0, 32)[0].cache_files[0][
+        "filename"
+    ]
+    before = os.stat(key).st_mtime_ns
     next_tokens(olmo2, text, tmp_path)
-    assert cached.stat().st_mtime_ns == before
+    assert os.stat(key).st_mtime_ns == before
+
+
+def test_control_tokens_quoted_in_raw_text_are_spelled_out_and_chats_are_templated(olmo2, tmp_path):
+    quoted = write_jsonl(
+        tmp_path / "quoted.jsonl", [{"text": "a <|im_end|> b " * 20}, {"text": ""}]
+    )
+    tokens, _ = next_tokens(olmo2, quoted, tmp_path)
+    assert 2 not in tokens and "<|im_end|>" in AutoTokenizer.from_pretrained(olmo2).decode(tokens)
+    chat = [{"role": "user", "content": "Why? " * 20}, {"role": "assistant", "content": "So."}]
+    rows = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat}])
+    tokens, _ = next_tokens(olmo2, rows, tmp_path, "--source-eval")
+    assert tokens[0] == 1
 
 
 def test_data_order_is_a_shuffle_that_depends_on_seed_and_step_alone():
     drawn = [i for step in range(10) for i in train.batch_indices(step, 4, 20, 1)]
     assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20))
     assert drawn[:20] != drawn[20:] != sorted(drawn[20:])
-    assert train.batch_indices(7, 4, 20, 1) == drawn[28:32] and train.batch_indices(0, 4, 20, 2) != drawn[:4]
+    assert (
+        train.batch_indices(7, 4, 20, 1) == drawn[28:32]
+        and train.batch_indices(0, 4, 20, 2) != drawn[:4]
+    )
 
 
 def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
-    train.main(arguments(olmo2, text, tmp_path / "out", "--steps", "4", "--eval-every", "2", "--source-eval", chats,
-                         "--target-eval", text))
+    train.main(
+        arguments(
+            olmo2,
+            text,
+            tmp_path / "out",
+            "--steps",
+            "4",
+            "--eval-every",
+            "2",
+            "--source-eval",
+            chats,
+            "--target-eval",
+            text,
+        )
+    )
     lines = {line["step"]: line for line in log_of(tmp_path / "out") if "step" in line}
-    assert all({"source_bpb", "target_bpb", "source_loss"} <= set(lines[step]) for step in (0, 2, 4))
+    assert all(
+        {"source_bpb", "target_bpb", "source_loss"} <= set(lines[step]) for step in (0, 2, 4)
+    )
     assert "source_bpb" not in lines[1]
     tokens, facts = next_tokens(olmo2, text, tmp_path)
-    blocks = torch.tensor(tokens[: len(tokens) // 32 * 32].astype(np.int64)).view(-1, 32)
+    blocks = torch.tensor(tokens).view(-1, 32)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)(input_ids=blocks).logits
+        logits = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)(
+            input_ids=blocks
+        ).logits
     nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
     assert lines[0]["target_loss"] == pytest.approx(nats, abs=1e-5)
-    assert lines[0]["target_bpb"] == pytest.approx(nats / math.log(2) * facts["tokens"] / facts["bytes"], abs=1e-5)
+    assert lines[0]["target_bpb"] == pytest.approx(
+        nats / math.log(2) * facts["tokens"] / facts["bytes"], abs=1e-5
+    )
     assert lines[4]["target_bpb"] < lines[0]["target_bpb"]
 
 
-def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(olmo2, text, tmp_path, capsys):
+def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
+    olmo2, text, tmp_path, capsys
+):
     train.main(arguments(olmo2, text, tmp_path / "out", "--steps", "2"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out/model" / name).read_bytes() == (olmo2 / name).read_bytes()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert not (tmp_path / "out/checkpoint").exists() and not list(tmp_path.rglob("*.tmp"))
     out = capsys.readouterr().out
-    for said in ("lm_head.weight", "tokens a byte", "first block: '", "moments", "updatable ones moved", "says:"):
+    for said in (
+        "lm_head.weight",
+        "per byte",
+        "first sequence: '",
+        "moments",
+        "trainable weights moved",
+    ):
         assert said in out
 
 
@@ -381,7 +629,9 @@ def test_bf16_source_is_saved_as_bf16_with_frozen_bits_kept(chats, text, tmp_pat
     source, trained = load_file(model / "model.safetensors"), weights(tmp_path / "out")
     name = "model.layers.0.mlp.up_proj.weight"
     keep = load_file(masks)[name][0] == 0
-    assert trained[name].dtype == torch.bfloat16 and torch.equal(source[name][:, keep], trained[name][:, keep])
+    assert trained[name].dtype == torch.bfloat16 and torch.equal(
+        source[name][:, keep], trained[name][:, keep]
+    )
 
 
 def without_times(lines):
@@ -391,8 +641,20 @@ def without_times(lines):
 
 def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     """kill -9 at random moments, saving included, ten times; then bit-equality with a run never interrupted."""
-    extra = ["--mask", mask, "--save-every", "1", "--steps", "40", "--weight-decay", "0.1", "--target-eval", text,
-             "--eval-every", "7"]
+    extra = [
+        "--mask",
+        mask,
+        "--save-every",
+        "1",
+        "--steps",
+        "40",
+        "--weight-decay",
+        "0.1",
+        "--target-eval",
+        text,
+        "--eval-every",
+        "7",
+    ]
     train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
     out, rng, seen = tmp_path / "broken", random.Random(0), []
 
@@ -401,16 +663,19 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
         train.os.replace = lambda a, b: (time.sleep(0.05), real(a, b))
 
     for _ in range(10):
-        state = out / "checkpoint/state.safetensors"
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        pid = forked(train.main, arguments(olmo2, text, out, *extra, *(["--resume"] if before else [])), slow_disk)
-        while not state.exists() or state.stat().st_mtime_ns == before:  # at least one step further
+        before = step_of(out)
+        pid = forked(
+            train.main,
+            arguments(olmo2, text, out, *extra, *(["--resume"] if before else [])),
+            slow_disk,
+        )
+        while step_of(out) == before:  # at least one step further
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it was killed"
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        seen.append(int(safe_open(state, "pt").metadata()["step"]))
+        seen.append(step_of(out))
     assert seen == sorted(set(seen)) and seen[-1] < 40
     train.main(arguments(olmo2, text, out, *extra, "--resume"))
     whole, broken = weights(tmp_path / "whole"), weights(out)
@@ -425,9 +690,13 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path):
 
     def die_when_the_model_gets_its_name():
         real = os.replace
-        train.os.replace = lambda a, b: os._exit(9) if b.name == "model" else real(a, b)
+        train.os.replace = lambda a, b: os._exit(9) if Path(b).name == "model" else real(a, b)
 
-    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", *extra), die_when_the_model_gets_its_name)
+    pid = forked(
+        train.main,
+        arguments(olmo2, text, tmp_path / "out", *extra),
+        die_when_the_model_gets_its_name,
+    )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (tmp_path / "out/model.tmp").exists() and not (tmp_path / "out/model").exists()
     train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
@@ -450,34 +719,74 @@ def refused(capsys, *argv):
 @pytest.fixture()
 def checkpointed(olmo2, text, tmp_path):
     """A folder with a checkpoint of step 10 of 20, as a killed run leaves it."""
-    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", "--save-every", "10"), stop_after_saving)
+    pid = forked(
+        train.main,
+        arguments(olmo2, text, tmp_path / "out", "--save-every", "10"),
+        stop_after_saving,
+    )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     return tmp_path / "out"
 
 
-def test_resume_under_other_settings_is_refused(olmo2, llama, mask, text, tmp_path, checkpointed, capsys):
-    state = (checkpointed / "checkpoint/state.safetensors").read_bytes()
+def test_resume_under_other_settings_is_refused(
+    olmo2, llama, mask, text, tmp_path, checkpointed, capsys
+):
+    state = state_of(checkpointed)
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "entirely other text " * 40}])
     base = arguments(olmo2, text, checkpointed, "--save-every", "10")
     for extra, message in [
-            (["--lr", "0.02"], "lr was 0.01, is 0.02"), (["--seed", "1"], "seed was 42, is 1"),
-            (["--data", other], "data was"), (["--mask", mask], "mask was None, is"),
-            (["--model", tiny_model(tmp_path / "m", "olmo2", seed=5)], "model was"),
-            (["--steps", "30"], "steps was 20, is 30")]:
+        (["--lr", "0.02"], "lr was 0.01, is 0.02"),
+        (["--seed", "1"], "seed was 42, is 1"),
+        (["--data", other], "data was"),
+        (["--mask", mask], "mask was None, is"),
+        (["--model", tiny_model(tmp_path / "m", "olmo2", seed=5)], "model was"),
+        (["--steps", "30"], "steps was 20, is 30"),
+    ]:
         assert message in refused(capsys, *base, "--resume", *extra)
-    assert "add --resume" in refused(capsys, *base)
-    assert (checkpointed / "checkpoint/state.safetensors").read_bytes() == state
+    assert "Add --resume" in refused(capsys, *base)
+    assert all(torch.equal(value, state[name]) for name, value in state_of(checkpointed).items())
     train.main([*base, "--resume"])
     assert "finished model" in refused(capsys, *base)
 
 
-def test_foreign_checkpoint_is_refused(olmo2, mask, text, checkpointed, capsys):
-    state = checkpointed / "checkpoint/state.safetensors"
+def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, capsys):
     base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
-    state.write_bytes(mask.read_bytes())
-    assert "not a checkpoint of train.py" in refused(capsys, *base)
-    state.write_bytes(mask.read_bytes()[:-9])
-    assert "damaged" in refused(capsys, *base)
+    folder = train.find_checkpoint(checkpointed / "checkpoint")
+    (shard,) = folder.glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    assert "is damaged" in refused(capsys, *base)
+    shard.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    assert "is damaged" in refused(capsys, *base)
+    shard.write_bytes(whole)
+    (folder / "checkpoint.json").write_text("{")
+    assert "is damaged" in refused(capsys, *base)
+
+
+def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    data = tmp_path / "out/train.jsonl"
+    data.write_bytes(text.read_bytes())
+    assert "did not write" in refused(capsys, *arguments(olmo2, data, tmp_path / "out"))
+    assert data.read_bytes() == text.read_bytes()
+    notes = tmp_path / "other/checkpoint/notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    train.main(arguments(olmo2, text, tmp_path / "other", "--steps", "2", "--save-every", "1"))
+    assert notes.read_text() == "mine" and not list(notes.parent.glob("step-*"))
+
+
+def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with train.locked(tmp_path / "out"):
+        assert "another train.py" in refused(capsys, *arguments(olmo2, text, tmp_path / "out"))
+
+
+def test_a_log_line_that_a_kill_cut_does_not_stand_in_the_way(olmo2, text, checkpointed):
+    with open(checkpointed / "train.jsonl", "ab") as file:
+        file.write(b'{"step": 11, "lo\xff')
+    train.main(arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume"))
+    assert [line["step"] for line in log_of(checkpointed)[1:-1]] == list(range(21))
 
 
 def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
@@ -485,16 +794,28 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content,message", [
-    (None, "no such file"), ("", "no text"), ('{"text": "a"}\n{broken\n', "line 2 is not JSON"),
-    ('{"text": "a"}\n{"text": "\udcff"}\n', "line 2 is not JSON in UTF-8"),
-    ('{"messages": []}\n', "no `text`"), ("[1]\n", "no `text`"), ('{"text": "short"}\n', "too short for one block")])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "no such file"),
+        ("", "no text"),
+        ('{"text": "a"}\n{broken\n', "line 2 is not JSON"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "line 2 is not JSON in UTF-8"),
+        ('{"messages": []}\n', "no usable `text`"),
+        ("[1]\n", "no usable `text`"),
+        ('{"text": "\\ud83d"}\n', "no usable `text`"),
+        ('{"text": "short"}\n', "do not fill one sequence"),
+        ("[" * 100_000 + "\n", "line 1 is not JSON"),
+    ],
+)
 def test_bad_training_text(content, message, olmo2, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     if content is not None:
         data.write_bytes(content.encode(errors="surrogateescape"))
     assert message in refused(capsys, *arguments(olmo2, data, tmp_path / "run/out"))
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path != data] == []  # nothing was written
+    assert [
+        path for path in tmp_path.rglob("*") if path.is_file() and path != data
+    ] == []  # nothing was written
 
 
 def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, capsys):
@@ -502,11 +823,17 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, c
     archive = tmp_path / "a.jsonl.gz"
     archive.write_bytes(b"no gzip")
     out = tmp_path / "out"
-    for extra, message in ((["--source-eval", chats], "line 1 has no `text`"), (["--data", archive], "damaged"),
-                           (["--lr", "nan"], "--lr"), (["--max-grad-norm", "-1"], "--max-grad-norm"),
-                           (["--seed", "-1"], "--seed"), (["--seed", str(10**14)], "--seed"),
-                           (["--device", "gpu"], "must be cpu or cuda"), (["--device", "cuda:99"], "must be cpu"),
-                           (["--seq-len", "1024"], "made for 512 tokens")):
+    for extra, message in (
+        (["--source-eval", chats], "row 1 has no usable `text`"),
+        (["--data", archive], "damaged"),
+        (["--lr", "nan"], "--lr"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(10**14)], "--seed"),
+        (["--device", "gpu"], "does not exist"),
+        (["--device", "cuda:99"], "does not exist"),
+        (["--seq-len", "1024"], "takes at most 512 tokens"),
+    ):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
     assert not out.exists()
 
@@ -517,13 +844,15 @@ def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp
         config = json.loads((olmo2 / "config.json").read_text()) | change
         (tmp_path / "m/config.json").write_text(json.dumps(config))
         return refused(capsys, *arguments(tmp_path / "m", text, tmp_path / "out", *more))
-    assert "T5" in refused_with(model_type="t5") and "T5" in refused_with("--plan", model_type="t5")
+
+    assert "T5" in refused_with(model_type="t5")
     assert "mismatch" in refused_with(intermediate_size=40)
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     tokenizer.save_pretrained(tmp_path / "m")
-    assert "refuses line 1 (no such role)" in refused(capsys, *arguments(
-        tmp_path / "m", text, tmp_path / "out", "--source-eval", chats))
+    assert "no such role" in refused(
+        capsys, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
+    )
 
 
 def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
@@ -532,14 +861,18 @@ def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
     tensors = load_file(model / "model.safetensors")
     missing = tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert "lack ['model.layers.0.mlp.up_proj.weight']" in refused(capsys, *arguments(model, text, tmp_path / "out"))
+    assert "lack ['model.layers.0.mlp.up_proj.weight']" in refused(
+        capsys, *arguments(model, text, tmp_path / "out")
+    )
     argv = ["--model", str(model), "--method", "magnitude", "--out", str(tmp_path / "scores")]
     for main, more in ((score.main, argv),):
         with pytest.raises(SystemExit):
             main(more)
     assert "lack ['model.layers.0.mlp.up_proj.weight']" in capsys.readouterr().err
     (model / "model.safetensors").unlink()
-    torch.save(tensors | {"model.layers.0.mlp.up_proj.weight": missing}, model / "pytorch_model.bin")
+    torch.save(
+        tensors | {"model.layers.0.mlp.up_proj.weight": missing}, model / "pytorch_model.bin"
+    )
     assert "safetensors" in refused(capsys, *arguments(model, text, tmp_path / "out"))
     with pytest.raises(SystemExit):
         score.main(argv)
@@ -553,7 +886,11 @@ def test_files_finer_than_the_config_says_keep_their_frozen_bits(chats, text, tm
     (model / "config.json").write_text(json.dumps(config))
     masks = make_masks(model, chats, tmp_path)
     train.main(arguments(model, text, tmp_path / "out", "--mask", masks, "--steps", "3"))
-    source, trained, masks = load_file(model / "model.safetensors"), weights(tmp_path / "out"), load_file(masks)
+    source, trained, masks = (
+        load_file(model / "model.safetensors"),
+        weights(tmp_path / "out"),
+        load_file(masks),
+    )
     for name, mask in masks.items():
         keep = mask.expand(source[name].shape) == 0
         assert torch.equal(source[name][keep], trained[name][keep]), name
@@ -567,16 +904,36 @@ def rewritten(mask, path, change):
     return path
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda m, t: t.pop("model.norm.weight"), "no mask for ['model.norm.weight']"),
-    (lambda m, t: t.update({"other.weight": torch.ones(1, 32, dtype=torch.uint8)}), "unknown ['other.weight']"),
-    (lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}), "has a mask [5] for weights [32]"),
-    (lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}), "other values than"),
-    (lambda m, t: t.update({name: torch.zeros(1, 1, dtype=torch.uint8) for name in ("lm_head.weight",
-                            "model.embed_tokens.weight")} | {name: torch.zeros_like(mask) for name, mask in t.items()}),
-     "nothing to train"),
-    (lambda m, t: m.update(format="ssu-scores"), "not a mask file"),
-    (lambda m, t: m.update(fingerprint="0"), "parameters differ")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda m, t: t.pop("model.norm.weight"), "no mask for ['model.norm.weight']"),
+        (
+            lambda m, t: t.update({"other.weight": torch.ones(1, 32, dtype=torch.uint8)}),
+            "unknown ['other.weight']",
+        ),
+        (
+            lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}),
+            "[5] for weights [32]",
+        ),
+        (
+            lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}),
+            "values other than 0 and 1",
+        ),
+        (
+            lambda m, t: t.update(
+                {
+                    name: torch.zeros(1, 1, dtype=torch.uint8)
+                    for name in ("lm_head.weight", "model.embed_tokens.weight")
+                }
+                | {name: torch.zeros_like(mask) for name, mask in t.items()}
+            ),
+            "freezes every weight",
+        ),
+        (lambda m, t: m.update(format="ssu-scores"), "not a mask file"),
+        (lambda m, t: m.update(fingerprint="0"), "parameters differ"),
+    ],
+)
 def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, capsys):
     bad = rewritten(mask, tmp_path / "bad.safetensors", change)
     assert message in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", bad))
@@ -585,59 +942,80 @@ def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, capsys):
 
 def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, capsys):
     foreign = make_masks(llama, chats, tmp_path)
-    assert "parameters differ" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", foreign))
+    assert "parameters differ" in refused(
+        capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", foreign)
+    )
     (tmp_path / "cut").write_bytes(foreign.read_bytes()[:-50])
-    assert "cannot be read" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", tmp_path / "cut"))
+    assert "cannot be read" in refused(
+        capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", tmp_path / "cut")
+    )
 
 
 def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
-    assert "no such folder" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
+    assert "no such directory" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
     (tmp_path / "file").write_text("")
-    assert "is a file" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
+    assert "cannot create" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
 
 
-def test_vocabulary_beyond_the_token_file(olmo2, text, tmp_path, capsys):
-    next_tokens(olmo2, text, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(olmo2)
-    tokenizer.add_tokens([f"<new{i}>" for i in range(70_000)])
-    (facts,) = (tmp_path / "cache").glob("*.json")
-    with pytest.raises(SystemExit):
-        train.token_file("--data", str(text), tokenizer, "x", 0, tmp_path / "cache")
-    assert "uint16 cannot hold a vocabulary of 70,400" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "cache")
-    tokens, _ = train.token_file("--data", str(text), tokenizer, "x", 0, tmp_path / "cache")
-    assert tokens.dtype == np.uint32
-
-
-def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(olmo2, text, tmp_path, capsys):
+def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(
+    olmo2, text, tmp_path, capsys
+):
     """A model whose final norm overflows from the first step on; before it, the checkpoint of a healthy run."""
-    message = refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--lr", "1e38", "--save-every", "1",
-                                         "--max-grad-norm", "0"))
+    message = refused(
+        capsys,
+        *arguments(
+            olmo2,
+            text,
+            tmp_path / "out",
+            "--lr",
+            "1e38",
+            "--save-every",
+            "1",
+            "--max-grad-norm",
+            "0",
+        ),
+    )
     step = int(re.search(r"step (\d+):", message).group(1))
     assert step in (2, 3)  # step 1 has a learning rate of 0, step 2 overflows
-    state = tmp_path / "out/checkpoint/state.safetensors"
-    assert safe_open(state, "pt").metadata()["step"] == str(step - 1)
-    assert all(torch.isfinite(t).all() for t in load_file(state).values())
+    assert step_of(tmp_path / "out") == step - 1
+    assert all(torch.isfinite(t).all() for t in state_of(tmp_path / "out").values())
     assert not (tmp_path / "out/model").exists()
 
 
-@pytest.mark.parametrize("limit,what", [(2_000, "tokens"), (60_000, "checkpoint"), (170_000, "checkpoint")])
+@pytest.mark.parametrize("limit,what", [(60_000, "checkpoint"), (170_000, "checkpoint")])
 def test_full_disk_is_one_line_and_loses_nothing(limit, what, olmo2, text, checkpointed, tmp_path):
     """A limit on the size of a file stands for a full disk: a write fails half-way."""
     before = {path: path.read_bytes() for path in checkpointed.rglob("*.safetensors")}
     errors = tmp_path / "stderr"
-    out = tmp_path / "other/new" if what == "tokens" else checkpointed
-    again = ["--resume"] if out == checkpointed else []
-    pid = forked(train.main, arguments(olmo2, text, out, "--save-every", "5", *again), limit_file_size(limit, errors))
+    out, again = checkpointed, ["--resume"]
+    pid = forked(
+        train.main,
+        arguments(olmo2, text, out, "--save-every", "5", *again),
+        limit_file_size(limit, errors),
+    )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     (line,) = [line for line in errors.read_text().splitlines() if "train.py: error" in line]
     assert "intact" in line
     assert {path: path.read_bytes() for path in before} == before
-    assert not list(tmp_path.rglob("*.tmp")) and not (out / "model").exists()
+    assert not (out / "model").exists()
 
 
 def test_fp16_leaves_out_a_step_that_overflows(olmo2, mask, text, tmp_path):
     """The loss scale starts at 65,536: gradients overflow, the step is left out, decay included."""
-    train.main(arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--precision", "fp16", "--weight-decay", "0.1"))
+    train.main(
+        arguments(
+            olmo2,
+            text,
+            tmp_path / "out",
+            "--mask",
+            mask,
+            "--precision",
+            "fp16",
+            "--weight-decay",
+            "0.1",
+        )
+    )
     norms = [line["grad_norm"] for line in log_of(tmp_path / "out") if line.get("step")]
-    assert norms[0] is None and None not in norms[-1:] and sum(norm is not None for norm in norms) > 10
+    assert (
+        norms[0] is None and None not in norms[-1:] and sum(norm is not None for norm in norms) > 10
+    )

@@ -1,0 +1,68 @@
+"""AdaLoRA (Section 4.4, Table 8), by peft: `train.py --adalora` trains adapters and merges them at the end."""
+
+import torch
+
+
+def add_adapters(model, steps, seed):
+    """Return the model with adapters on every nn.Linear but the LM head, with Table 8's values.
+
+    The rank schedule, made for 12,208 steps, is scaled to `steps`. Embeddings and LM head are trained
+    in full; all other weights of the source model are frozen.
+    """
+    from peft import AdaLoraConfig, get_peft_model
+
+    scale = steps / 12208
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        init_r=12,
+        target_r=8,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        tinit=int(1000 * scale),
+        tfinal=int(8546 * scale),
+        deltaT=max(1, int(20 * scale)),
+        total_step=steps,
+        beta1=0.85,
+        beta2=0.85,
+        orth_reg_weight=0.5,
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(model, config)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight.requires_grad_(True)
+    return model
+
+
+def penalty(model):
+    """Return 0.5 times the mean of ||P P^T - I|| over the adapters' matrices (Table 8).
+
+    peft adds this term only to a loss that it computes itself.
+    """
+    norms = []
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            gram = p @ p.T
+        elif "lora_B" in name:
+            gram = p.T @ p
+        else:
+            continue
+        norms.append((gram - torch.eye(len(gram), device=gram.device)).norm())
+    return 0.5 * torch.stack(norms).mean()
+
+
+def merge(model, source):
+    """Return the ordinary model, its adapters merged. Raise ValueError if a frozen weight moved."""
+    trained = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    for name, p in model.named_parameters():
+        if ".lora_" in name or ".ranknum." in name or id(p) in trained:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if not torch.equal(p.detach().cpu(), source.get_parameter(name).detach()):
+            raise ValueError(
+                f"{name} is frozen under AdaLoRA, but it changed. Please report this bug"
+            )
+    return model.merge_and_unload()
