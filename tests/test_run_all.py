@@ -248,8 +248,10 @@ def test_names_with_brackets_and_spaces_are_names(folder, tmp_path):
         (tmp_path / name).mkdir()
     data = shutil.copytree(folder / "data", tmp_path / "d[1]")
     model = shutil.copytree(folder / "model", tmp_path / "m[1]")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = (model / "chat_template.jinja").read_text()
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
     (model / "chat_template.jinja").unlink()
-    write_jsonl(data / "en/heldout.jsonl", [{"text": text} for text in TEXT] * 2)
     settings = tiny_settings(folder, tmp_path / "my runs", MODEL=str(model), DATA_DIR=str(data))
     done = run_all("ne", **settings)
     assert done.returncode == 0, done.stderr[-3000:]

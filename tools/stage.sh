@@ -10,7 +10,7 @@ stop() {  # SIGNAL CODE: end the command that runs, then the script
         kill -- "-$child" 2>/dev/null || :
         wait "$child" || :
     fi
-    echo "run_all.sh: stopped by $1. The same command resumes" >&2
+    printf '\nrun_all.sh: stopped by %s. The same command resumes\n' "$1" >&2  # below a progress bar
     exit "$2"
 }
 trap 'stop SIGINT 130' INT
