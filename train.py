@@ -1,14 +1,15 @@
-"""Stage 3 of SSU: continue pre-training on target-language text while the shielded columns stay frozen.
+"""Stage 3 of SSU: continue pre-training on target-language text while the shielded columns stay
+frozen.
 
-The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). The method is one
-line between the backward pass and gradient clipping:
+The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). The method
+is one line between the backward pass and gradient clipping:
 
     param.grad.mul_(mask)        # 1 = update, 0 = freeze; the mask broadcasts over the parameter
 
-Weight decay is masked as well, because AdamW's decoupled decay moves a weight whose gradient is zero.
-Without --mask, all weights are trained: full fine-tuning (FFT). Two baselines are not static masks and
-have their own flags: --gmt-ratio and --adalora. --compact gives the same updates for less memory.
-Before saving, every frozen weight is compared with the source model, bit by bit.
+Weight decay is masked as well, because AdamW's decoupled decay moves a weight whose gradient is
+zero. Without --mask, all weights are trained: full fine-tuning (FFT). Two baselines are not static
+masks and have their own flags: --gmt-ratio and --adalora. --compact gives the same updates for
+less memory. Before saving, every frozen weight is compared with the source model, bit by bit.
 
 On a CPU, in a few minutes:
     python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
@@ -19,10 +20,11 @@ On one GPU, as published (`python tools/plan.py --model MODEL` says what fits wh
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
         --compact --gradient-checkpointing --save-every 500
 
-OUT/train.jsonl has the settings in its first line, then a line per log step: step, tokens (seen so far),
-loss (mean over the step's tokens, nats), grad_norm (after masking, before clipping), lr, ms_per_step,
-tokens_per_second, peak_memory (bytes), and where held-out text was measured source_loss, target_loss
-(nats per token), source_bpb, target_bpb (bits per byte). The last line counts the weights.
+OUT/train.jsonl has the settings in its first line, then a line per log step: step, tokens (seen so
+far), loss (mean over the step's tokens, nats), grad_norm (after masking, before clipping), lr,
+ms_per_step, tokens_per_second, peak_memory (bytes), and where held-out text was measured
+source_loss, target_loss (nats per token), source_bpb, target_bpb (bits per byte). The last line
+counts the weights.
 """
 
 import argparse
@@ -79,9 +81,10 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack
 COUNTS = ("tokens", "bytes", "words")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESUME_SETTINGS = (
-    "steps", "batch_size", "micro_batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm",
-    "precision", "compact", "compile", "seed", "gradient_checkpointing", "gmt_ratio", "adalora",
-)  # fmt: skip
+    "steps batch_size micro_batch_size seq_len lr warmup_ratio weight_decay max_grad_norm "
+    "precision "
+    "compact compile seed gradient_checkpointing gmt_ratio adalora"
+).split()
 DTYPES = {
     "bf16": torch.bfloat16,
     "bf16-true": torch.bfloat16,
@@ -214,12 +217,14 @@ def parse_args(argv=None):  # noqa: C901
     return args
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model and masks
 
 
 def load_skeleton(model):
-    """Return (the model on the meta device, tokenizer, directory of its files) of a directory or hub id."""
+    """Return (the model on the meta device, tokenizer, directory of its files) of a directory or
+    hub id.
+    """
     if not Path(model).is_dir() and (
         Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1
     ):
@@ -239,14 +244,17 @@ def load_skeleton(model):
     rows = skeleton.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         fail(
-            f"--model {model}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {rows:,} rows. "
+            f"--model {model}: its tokenizer has {len(tokenizer):,} tokens, its "
+            f"embeddings {rows:,} rows. "
             "Give a model whose files belong together"
         )
     return skeleton, tokenizer, directory
 
 
 def load_model(model, **options):
-    """Load the model. Fail if the checkpoint lacks a tensor, because it would be initialized randomly."""
+    """Load the model. Fail if the checkpoint lacks a tensor, because it would be initialized
+    randomly.
+    """
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model,
@@ -308,7 +316,8 @@ def load_masks(path, model):
         fits = fits and all(m in (1, n) for m, n in zip(mask.shape, shapes[name], strict=True))
         if not fits or mask.dtype != torch.uint8 or mask.max() > 1:
             fail(
-                f"--mask {path}: {name} has {mask.dtype} {list(mask.shape)} for weights {list(shapes[name])}, or "
+                f"--mask {path}: {name} has {mask.dtype} {list(mask.shape)} for weights "
+                f"{list(shapes[name])}, or "
                 "values other than 0 and 1. Make it again with make_mask.py"
             )
     if masks.keys() == shapes.keys() and not any(mask.any() for mask in masks.values()):
@@ -325,7 +334,9 @@ def digest_of(tensors):
 
 
 def drop_smallest(grad, ratio):
-    """GMT (Section 4.4): zero the fraction `ratio` of a matrix's gradient that is smallest in size."""
+    """GMT (Section 4.4): zero the fraction `ratio` of a matrix's gradient that is smallest in
+    size.
+    """
     size = grad.abs().flatten()
     dropped = int(ratio * len(size))
     if dropped == 0:
@@ -337,12 +348,14 @@ def drop_smallest(grad, ratio):
     return grad * (grad.abs() > threshold)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: `datasets` caches every step by text and tokenizer, and memory-maps the result
 
 
 def read_documents(flag, data):
-    """Yield the rows of a local file: {"text": str} or {"messages": [...]}. Fail at the first bad line."""
+    """Yield the rows of a local file: {"text": str} or {"messages": [...]}. Fail at the first bad
+    line.
+    """
     path, number = Path(data), 0
     try:
         if path.suffix == ".parquet":
@@ -350,7 +363,7 @@ def read_documents(flag, data):
                 yield from batch.to_pylist()
             return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):  # noqa: B007, the message below reads it
                 if line.strip():
                     yield (
                         {"text": line.decode().strip()}
@@ -362,7 +375,9 @@ def read_documents(flag, data):
 
 
 def render_documents(flag, data, tokenizer):
-    """Yield {"text", "templated"}: raw text as it is, chats (held-out text only) in the chat template."""
+    """Yield {"text", "templated"}: raw text as it is, chats (held-out text only) in the chat
+    template.
+    """
     for number, row in enumerate(read_documents(flag, data), 1):
         chat = row.get("messages") if isinstance(row, dict) and flag == "--source-eval" else None
         try:
@@ -375,7 +390,8 @@ def render_documents(flag, data, tokenizer):
                 yield {"text": row["text"], "templated": False}
         except (TemplateError, KeyError, TypeError, AttributeError, ValueError) as error:
             fail(
-                f"{flag} {data}: row {number} has no usable `text`, nor `messages` that the model's chat "
+                f"{flag} {data}: row {number} has no usable `text`, nor `messages` that "
+                f"the model's chat "
                 f"template accepts ({type(error).__name__}: {error}). Correct it or leave it out"
             )
 
@@ -411,10 +427,13 @@ def load_documents(flag, data, tokenizer, key):
 
 
 def tokenize(batch, tokenizer, end_of_text):
-    """Tokenize documents, each ended by the end-of-text token. Count their tokens, bytes and words."""
+    """Tokenize documents, each ended by the end-of-text token. Count their tokens, bytes and
+    words.
+    """
     ids = []
     for text, templated in zip(batch["text"], batch["templated"], strict=True):
-        # Raw text is data: a control token quoted in it is spelled out. A template writes its own BOS.
+        # Raw text is data: a control token quoted in it is spelled out. A template writes its own
+        # BOS.
         one = tokenizer(text, add_special_tokens=not templated, split_special_tokens=not templated)[
             "input_ids"
         ]
@@ -434,7 +453,9 @@ def cut(batch, seq_len):
 
 
 def load_sequences(flag, data, tokenizer, tokenizer_sha256, end_of_text, seq_len):
-    """Return (Dataset of token ids [n, seq_len], counts of the text, key that identifies the text)."""
+    """Return (Dataset of token ids [n, seq_len], counts of the text, key that identifies the
+    text).
+    """
     preset = data.startswith("madlad:")
     if not preset and not Path(data).is_file():
         fail(f"{flag} {data}: no such file")
@@ -460,7 +481,8 @@ def load_sequences(flag, data, tokenizer, tokenizer_sha256, end_of_text, seq_len
     counts = {name: int(tokens[name][:].sum()) for name in COUNTS} | {"documents": len(tokens)}
     if counts["tokens"] < seq_len:
         fail(
-            f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}. Give more text"
+            f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of "
+            f"{seq_len}. Give more text"
         )
     sequences = tokens.map(
         cut,
@@ -490,7 +512,9 @@ def epoch_order(num_sequences, seed, epoch):
 
 
 def batch_indices(step, batch_size, num_sequences, seed):
-    """Return the sequences of step `step` (from 0): a new shuffle each epoch, by seed and step alone."""
+    """Return the sequences of step `step` (from 0): a new shuffle each epoch, by seed and step
+    alone.
+    """
     indices = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(position, num_sequences)
@@ -498,7 +522,7 @@ def batch_indices(step, batch_size, num_sequences, seed):
     return indices
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedule, loss, optimizer
 
 
@@ -519,7 +543,9 @@ def next_token_loss(model, tokens):
 
 @torch.no_grad()
 def heldout_loss(model, sequences, args, autocast):
-    """Return the mean loss, nats per token, on up to --eval-tokens tokens spread evenly over the text."""
+    """Return the mean loss, nats per token, on up to --eval-tokens tokens spread evenly over the
+    text.
+    """
     count = min(len(sequences), max(1, args.eval_tokens // args.seq_len))
     chosen = np.linspace(0, len(sequences) - 1, count).astype(int)
     total = 0.0
@@ -532,10 +558,11 @@ def heldout_loss(model, sequences, args, autocast):
 
 
 def make_optimizer(model, masks, args):
-    """Return AdamW (Table 8) over all trainable parameters, and the list of (parameter, mask) to decay.
+    """Return AdamW (Table 8) over all trainable parameters, and the list of (parameter, mask) to
+    decay.
 
-    AdamW decays the matrices that have no mask. Masked ones are decayed in the loop, masked. Norms and
-    biases are not decayed.
+    AdamW decays the matrices that have no mask. Masked ones are decayed in the loop, masked. Norms
+    and biases are not decayed.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masked = {
@@ -557,7 +584,7 @@ def make_optimizer(model, masks, args):
     return torch.optim.AdamW(groups, fused=True, **options), list(masked.items())
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints: OUT/checkpoint/step-N, which gets its name when it is complete
 
 
@@ -622,7 +649,9 @@ def remove_checkpoints(folder, keep=None):
 
 
 def check_resumable(path, settings):
-    """Return the step and scaler state of a checkpoint. Fail if it belongs to a run with other settings."""
+    """Return the step and scaler state of a checkpoint. Fail if it belongs to a run with other
+    settings.
+    """
     try:
         about = json.loads((path / "checkpoint.json").read_text())
         saved = about["settings"]
@@ -667,16 +696,17 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Proof and final model
 
 
 @torch.no_grad()
 def take_over(model, source, masks):
-    """Copy the trained weights into `source` and prove that the frozen ones did not move (Section 3.3).
+    """Copy the trained weights into `source` and prove that the frozen ones did not move (Section
+    3.3).
 
-    A weight that is still the source's value, rounded to the precision of training, keeps the source's
-    own bits. Return the numbers of frozen, trainable and moved weights.
+    A weight that is still the source's value, rounded to the precision of training, keeps the
+    source's own bits. Return the numbers of frozen, trainable and moved weights.
     """
     frozen = trainable = moved = 0
     for name, p in model.named_parameters():
@@ -699,7 +729,9 @@ def take_over(model, source, masks):
 
 
 def save_model(model, source_directory, out, dtype):
-    """Write an ordinary Hugging Face directory; all files but the weights are the source's, byte for byte."""
+    """Write an ordinary Hugging Face directory; all files but the weights are the source's, byte
+    for byte.
+    """
     shutil.rmtree(out, ignore_errors=True)
     model.generation_config = transformers.GenerationConfig()  # the source's file is copied below
     model.to(dtype).save_pretrained(out)
@@ -742,7 +774,9 @@ def peak_memory(device):
 
 
 def git_commit():
-    """Return the commit of this script, with -dirty if files changed since, or None outside a checkout."""
+    """Return the commit of this script, with -dirty if files changed since, or None outside a
+    checkout.
+    """
     command = [
         "git",
         "-C",
@@ -758,59 +792,97 @@ def git_commit():
         return None
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def train(args, model, masks, sequences, heldout, settings, start, scaler_state):
+def accumulate(model, batch, args, autocast, scaler):
+    """Add up the gradients of a batch [batch_size, seq_len] over micro-batches. Return its mean
+    loss.
+    """
+    loss = torch.zeros((), device=batch.device)
+    for micro_batch in batch.split(args.micro_batch_size):
+        with autocast():
+            part = next_token_loss(model, micro_batch)
+        part = part / (args.batch_size * (args.seq_len - 1))  # its part of the batch's mean
+        loss += part.detach()
+        if args.adalora:
+            part = part + adalora.penalty(model) * len(micro_batch) / args.batch_size
+        scaler.scale(part).backward()
+    return loss
+
+
+def check_finite(step, loss, norm, scaler):
+    """Return whether the gradients are finite. Fail if they, or the loss, are not.
+
+    Only fp16 may overflow: its scaler then skips the step and lowers the loss scale.
+    """
+    finite = bool(torch.isfinite(norm))
+    if not torch.isfinite(loss) or not (finite or scaler.get_scale() > 1):
+        fail(
+            f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}. Lower "
+            f"--lr or check "
+            "the data; what was saved before is intact"
+        )
+    return finite
+
+
+@torch.no_grad()
+def decay_weights(decayed, amount):
+    """Apply decoupled weight decay to the trainable weights of masked matrices."""
+    for param, mask in decayed:
+        if param.grad is not None:  # as AdamW does
+            param.mul_(1 - amount * mask.to(param.dtype))
+
+
+def measure(step, model, heldout, args, autocast):
+    """Return the held-out losses as fields of train.jsonl, if step `step` is one to measure at."""
+    values = {}
+    if step not in (0, args.steps) and not (args.eval_every and step % args.eval_every == 0):
+        return values
+    for side, (texts, counts, _) in heldout.items():
+        nats = heldout_loss(model, texts, args, autocast)
+        bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]
+        values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
+        tqdm.write(
+            f"step {step}: held-out {side} {bits:.4f} bits per byte, {nats:.4f} nats per token"
+        )
+    return values
+
+
+def cut_gradients(model, ratio):
+    """GMT: drop the smallest gradients in hooks, so that each micro-batch is cut on its own."""
+    for name in maskable(model):
+        if model.get_parameter(name).dim() > 1:
+            hook = functools.partial(drop_smallest, ratio=ratio)
+            model.get_parameter(name).register_hook(hook)
+
+
+def train(args, model, masks, sequences, heldout, settings, start, scaler_state):  # noqa: C901
     """Run the loop of Section 3.3 from step `start`. --resume relies on the order of its events."""
-    device = torch.device(args.device)
+    device, log = torch.device(args.device), args.out / "train.jsonl"
     optimizer, decayed = make_optimizer(model, masks, args)
-    masked = [
-        (p, masks[name].to(device))
-        for name, p in model.named_parameters()
-        if name in masks and p.requires_grad
-    ]
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    masked = [(p, masks[name].to(device)) for name, p in params if name in masks]
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    # The cache of autocast would keep a copy of all weights.
     autocast = functools.partial(
         torch.autocast,
         device.type,
         dtype=DTYPES[args.precision],
         enabled=args.precision in ("bf16", "fp16"),
-        cache_enabled=False,
+        cache_enabled=False,  # the cache would keep a copy of all weights
     )
-    if (
-        args.gmt_ratio is not None
-    ):  # in hooks, so that each micro-batch is cut before it is accumulated
-        for name in maskable(model):
-            if model.get_parameter(name).dim() > 1:
-                model.get_parameter(name).register_hook(
-                    functools.partial(drop_smallest, ratio=args.gmt_ratio)
-                )
-    log = args.out / "train.jsonl"
+    if args.gmt_ratio is not None:
+        cut_gradients(model, args.gmt_ratio)
     if start:
         load_checkpoint(find_checkpoint(args.out / "checkpoint"), model, optimizer)
         compact.write_columns(model)
         scaler.load_state_dict(scaler_state)
         print(f"resumed after step {start} of {args.steps}")
+    else:
+        append_line(log, {"step": 0} | measure(0, model, heldout, args, autocast))
 
-    def measure(step):
-        """Return the held-out losses of step `step`, if it is one that measures them."""
-        values = {}
-        if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
-            for side, (texts, counts, _) in heldout.items():
-                nats = heldout_loss(model, texts, args, autocast)
-                bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]
-                values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
-                tqdm.write(
-                    f"step {step}: held-out {side} {bits:.4f} bits per byte, {nats:.4f} nats per token"
-                )
-        return values
-
-    if not start:
-        append_line(log, {"step": 0} | measure(0))
-    tokens_per_step, seconds = args.batch_size * args.seq_len, 0.0
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", desc="train")
+    seconds = 0.0
+    bar = tqdm(range(start, args.steps), "train", args.steps, initial=start, unit="step")
     for step in bar:
         began = time.perf_counter()
         lr = learning_rate(step, args)
@@ -821,15 +893,7 @@ def train(args, model, masks, sequences, heldout, settings, start, scaler_state)
         # Forward and backward, accumulated over micro-batches
         indices = batch_indices(step, args.batch_size, len(sequences), args.seed)
         batch = sequences[indices]["input_ids"].to(device)
-        loss = torch.zeros((), device=device)
-        for micro_batch in batch.split(args.micro_batch_size):
-            with autocast():
-                part = next_token_loss(model, micro_batch)
-            part = part / (args.batch_size * (args.seq_len - 1))  # its part of the batch's mean
-            loss += part.detach()
-            if args.adalora:
-                part = part + adalora.penalty(model) * len(micro_batch) / args.batch_size
-            scaler.scale(part).backward()
+        loss = accumulate(model, batch, args, autocast, scaler)
         scaler.unscale_(optimizer)
 
         # The method: a frozen weight gets no gradient (b_ij of Section 3.3)
@@ -837,28 +901,16 @@ def train(args, model, masks, sequences, heldout, settings, start, scaler_state)
             if param.grad is not None:
                 param.grad.mul_(mask)
 
-        unused = compact.without_gradient(model) if args.compact else None
-        if unused:
-            fail(
-                f"--compact: {unused} got no gradient. The model does not call it: train without --compact"
-            )
-
         # Clip. inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        finite = bool(torch.isfinite(norm))
-        if not torch.isfinite(loss) or not (finite or scaler.get_scale() > 1):
-            fail(
-                f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}. Lower --lr or check the "
-                "data; what was saved before is intact"
-            )
+        finite = check_finite(step, loss, norm, scaler)
 
         # Decoupled weight decay, of trainable weights alone, then Adam
-        if finite and args.weight_decay:
-            with torch.no_grad():
-                for param, mask in decayed:
-                    if param.grad is not None:  # as AdamW does
-                        param.mul_(1 - lr * args.weight_decay * mask.to(param.dtype))
-        scaler.step(optimizer)  # fp16: skips a step whose gradients overflowed
+        if args.compact and (unused := compact.without_gradient(model)):
+            fail(f"--compact: {unused} got no gradient. The model does not call it: omit --compact")
+        if finite:
+            decay_weights(decayed, lr * args.weight_decay)
+        scaler.step(optimizer)
         scaler.update()
         if args.compact:
             compact.write_columns(model)
@@ -868,24 +920,24 @@ def train(args, model, masks, sequences, heldout, settings, start, scaler_state)
 
         # Log, measure, save
         done = step + 1
-        evaluated = done == args.steps or (args.eval_every and done % args.eval_every == 0)
-        logged = evaluated or done % args.log_every == 0
-        value = loss.item() if logged else None  # waits for the GPU, so that the clock is right
+        logged = done == args.steps or done % args.log_every == 0
+        logged = logged or bool(args.eval_every and done % args.eval_every == 0)
+        if logged:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)  # waits for the GPU
         seconds += time.perf_counter() - began
         if logged:
-            speed = (done - start) * tokens_per_step / seconds
-            bar.set_postfix(loss=f"{value:.4f}", tok_s=f"{speed:.0f}", refresh=False)
+            tokens_per_step = args.batch_size * args.seq_len
             line = {
                 "step": done,
-                "loss": round(value, 6),
+                "loss": round(loss.item(), 6),
                 "grad_norm": round(norm.item(), 6) if finite else None,
                 "lr": lr,
                 "tokens": done * tokens_per_step,
                 "ms_per_step": round(1000 * seconds / (done - start)),
-                "tokens_per_second": round(speed),
+                "tokens_per_second": round((done - start) * tokens_per_step / seconds),
                 "peak_memory": peak_memory(device),
             }
-            append_line(log, line | measure(done))
+            append_line(log, line | measure(done, model, heldout, args, autocast))
         if args.save_every and done % args.save_every == 0 and done < args.steps:
             save_checkpoint(args.out / "checkpoint", done, model, optimizer, scaler, settings)
 
@@ -953,7 +1005,8 @@ def check_arguments(args, skeleton, masks):
     matrices = [masks[name] for name in maskable(skeleton) & masks.keys() if masks[name].dim() == 2]
     if args.compact and any(len(mask) > 1 for mask in matrices):
         fail(
-            f"--compact: {args.mask} freezes rows or elements, but --compact needs columns. Leave it out"
+            f"--compact: {args.mask} freezes rows or elements, but --compact needs "
+            f"columns. Leave it out"
         )
     if args.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
         fail(
@@ -994,7 +1047,9 @@ def load_texts(args, tokenizer, directory):
 
 
 def resume_settings(args, masks, key, commit, directory):
-    """Return what a resumed run must have in common with the interrupted one to reach the same bits."""
+    """Return what a resumed run must have in common with the interrupted one to reach the same
+    bits.
+    """
     kinds = (".safetensors", ".json", ".jinja", ".model")
     on_cpu = args.device == "cpu"
     return {name: getattr(args, name) for name in RESUME_SETTINGS} | {
@@ -1068,7 +1123,8 @@ def prove_and_save(args, model, masks, dtype, directory):
     remove_checkpoints(args.out / "checkpoint")
     print(f"model: {final}; log: {args.out}/train.jsonl")
     print(
-        f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG --data-dir DIR"
+        f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG "
+        f"--data-dir DIR"
     )
 
 

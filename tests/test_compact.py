@@ -28,7 +28,9 @@ from variants.fused_adam import FusedAdam
 
 @pytest.fixture(scope="module", params=["olmo2", "llama", "qwen2"])
 def sources(request, chats, tmp_path_factory):
-    """(folder of a model, its column mask), of each kind: q and k norms, tied embeddings, biases."""
+    """(folder of a model, its column mask), of each kind: q and k norms, tied embeddings,
+    biases.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_model(folder / "model", request.param)
     return model, make_masks(model, chats, folder)
@@ -41,7 +43,9 @@ def shielded(llama, chats, tmp_path_factory):
 
 
 def trained(source, mask, text, out, *extra, dtype=torch.float32):
-    """The parameters after the loop alone, in `dtype`; with float64 all but the norms is double precision."""
+    """The parameters after the loop alone, in `dtype`; with float64 all but the norms is double
+    precision.
+    """
     args = train.parse_args(arguments(source, text, out, "--mask", mask, *extra))
     args.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).train()
@@ -98,7 +102,9 @@ def test_compact_is_the_masked_loop_in_float64(sources, text, tmp_path):
     ids=" ".join,
 )
 def test_compact_differs_less_than_another_order_of_the_same_sums(shielded, more, text, tmp_path):
-    """In bf16, where a last bit decides how a weight is rounded and micro-batches are added: less than a few."""
+    """In bf16, where a last bit decides how a weight is rounded and micro-batches are added: less
+    than a few.
+    """
     source, mask = shielded
     more = [*more, "--lr", "1e-3"]
     masked = trained(source, mask, text, tmp_path / "masked", *more)
@@ -134,7 +140,9 @@ def test_compact_without_master_is_the_masked_loop_without_master_bit_for_bit(
     ids=" ".join,
 )
 def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text, tmp_path):
-    """By the command line. The source is finer than bf16, so a frozen weight must not come back rounded either."""
+    """By the command line. The source is finer than bf16, so a frozen weight must not come back
+    rounded either.
+    """
     source, mask = shielded
     more = [
         "--mask",
@@ -319,7 +327,9 @@ def test_the_checkpoint_holds_the_trained_columns_alone(shielded, text, tmp_path
 
 
 def test_fused_adam_is_adamw_in_fp32_rounded_once():
-    """Against float64 AdamW written out, on fp32 copies of the bf16 weights, with a masked decay."""
+    """Against float64 AdamW written out, on fp32 copies of the bf16 weights, with a masked
+    decay.
+    """
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(16, 8).bfloat16())
     mask = (torch.arange(8) % 2).view(1, 8).to(torch.uint8)

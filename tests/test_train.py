@@ -199,7 +199,9 @@ def model_kind(folder):
     ],
 )
 def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, request):
-    """What it freezes is bit-identical, all else moves, wholly frozen matrices have no gradient and no moments."""
+    """What it freezes is bit-identical, all else moves, wholly frozen matrices have no gradient
+    and no moments.
+    """
     model = request.getfixturevalue(kind)
     mask = static_mask(method, model, chats, tmp_path / "mask")
     extra = ["--mask", mask, "--weight-decay", "0.1", "--steps", "6", "--save-every", "4"]
@@ -231,7 +233,9 @@ def stop_after_saving():
 
 
 def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo2, text, tmp_path):
-    """The first update against torch.topk: with Adam's first step, exactly what was kept in some micro-batch moves."""
+    """The first update against torch.topk: with Adam's first step, exactly what was kept in some
+    micro-batch moves.
+    """
     train.main(
         arguments(
             olmo2,
@@ -314,7 +318,9 @@ def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
 def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     kind, text, tmp_path, request, monkeypatch
 ):
-    """Embeddings, head and adapted matrices move; norms do not; the ranks are pruned to Table 8's."""
+    """Embeddings, head and adapted matrices move; norms do not; the ranks are pruned to Table
+    8's.
+    """
     source, unmerged = request.getfixturevalue(kind), {}
     ids = torch.arange(3, 60)[None]
     real = adalora.merge
@@ -479,7 +485,9 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
 
 
 def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp_path):
-    """The shield from its definition: Adam and decay written out, multiplied by b_ij, in float64."""
+    """The shield from its definition: Adam and decay written out, multiplied by b_ij, in
+    float64.
+    """
     train.main(
         arguments(
             olmo2, text, tmp_path / "out", "--mask", mask, "--weight-decay", "0.1", "--steps", "5"
@@ -640,7 +648,9 @@ def without_times(lines):
 
 
 def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
-    """kill -9 at random moments, saving included, ten times; then bit-equality with a run never interrupted."""
+    """kill -9 at random moments, saving included, ten times; then bit-equality with a run never
+    interrupted.
+    """
     extra = [
         "--mask",
         mask,
@@ -658,7 +668,8 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
     out, rng, seen = tmp_path / "broken", random.Random(0), []
 
-    def slow_disk():  # so that ten kills fall into forty short steps, many of them while a checkpoint is written
+    # so that ten kills fall into forty short steps, many of them while a checkpoint is written
+    def slow_disk():
         real = os.replace
         train.os.replace = lambda a, b: (time.sleep(0.05), real(a, b))
 
@@ -960,7 +971,9 @@ def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
 def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(
     olmo2, text, tmp_path, capsys
 ):
-    """A model whose final norm overflows from the first step on; before it, the checkpoint of a healthy run."""
+    """A model whose final norm overflows from the first step on; before it, the checkpoint of a
+    healthy run.
+    """
     message = refused(
         capsys,
         *arguments(

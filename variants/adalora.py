@@ -1,4 +1,6 @@
-"""AdaLoRA (Section 4.4, Table 8), by peft: `train.py --adalora` trains adapters and merges them at the end."""
+"""AdaLoRA (Section 4.4, Table 8), by peft: `train.py --adalora` trains adapters and merges them at
+the end.
+"""
 
 import torch
 
@@ -6,8 +8,8 @@ import torch
 def add_adapters(model, steps, seed):
     """Return the model with adapters on every nn.Linear but the LM head, with Table 8's values.
 
-    The rank schedule, made for 12,208 steps, is scaled to `steps`. Embeddings and LM head are trained
-    in full; all other weights of the source model are frozen.
+    The rank schedule, made for 12,208 steps, is scaled to `steps`. Embeddings and LM head are
+    trained in full; all other weights of the source model are frozen.
     """
     from peft import AdaLoraConfig, get_peft_model
 

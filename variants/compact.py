@@ -1,4 +1,5 @@
-"""Compact training: `train.py --compact` keeps gradients and Adam moments for the trainable columns only.
+"""Compact training: `train.py --compact` keeps gradients and Adam moments for the trainable
+columns only.
 
 A frozen column needs no gradient, and the gradient of the others does not need it either:
 
@@ -6,11 +7,11 @@ A frozen column needs no gradient, and the gradient of the others does not need 
 
 So each nn.Linear with frozen columns becomes a CompactLinear:
 
-    weight   Parameter  [d_out, d_in]  the whole matrix as the forward pass reads it, without gradient
-    columns  Parameter  [d_out, k]     the trainable columns, all that the optimizer sees
+    weight   Parameter  [d_out, d_in]  the whole matrix as the forward pass reads it, without
+    gradient columns  Parameter  [d_out, k]     the trainable columns, all that the optimizer sees
 
-After each optimizer step, `write_columns` copies the columns into the matrix. Optimizer, clipping and
-checkpoints need no special case. The updates are those of masked training, up to rounding.
+After each optimizer step, `write_columns` copies the columns into the matrix. Optimizer, clipping
+and checkpoints need no special case. The updates are those of masked training, up to rounding.
 """
 
 import torch

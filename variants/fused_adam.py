@@ -1,8 +1,8 @@
 """AdamW for weights in bf16: fp32 moments, each update computed in fp32 and rounded once.
 
-This is the arithmetic of apex's FusedAdam, with which the paper's models were trained. No optimizer of
-PyTorch has it: torch.optim.AdamW keeps the moments of bf16 weights in bf16, where they stall, because
-0.999 * v rounds back to v.
+This is the arithmetic of apex's FusedAdam, with which the paper's models were trained. No
+optimizer of PyTorch has it: torch.optim.AdamW keeps the moments of bf16 weights in bf16, where
+they stall, because 0.999 * v rounds back to v.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with fp32 state for parameters of any floating-point dtype.
 
-    `decay_masks` maps a parameter to a mask (1 = update, 0 = freeze) that broadcasts over it. Decoupled
-    weight decay then moves its trainable weights only.
+    `decay_masks` maps a parameter to a mask (1 = update, 0 = freeze) that broadcasts over it.
+    Decoupled weight decay then moves its trainable weights only.
     """
 
     def __init__(self, params, lr, betas, eps, weight_decay, decay_masks):
