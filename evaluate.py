@@ -905,7 +905,10 @@ def task_list(text):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "evaluate.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     codes = [code for code in read_languages() if code != "en"]
@@ -1069,6 +1072,41 @@ def make_batches(items, done, ways, args, limit):
     return todo
 
 
+def run(args, folder, config, tokenizer, data, items, header, items_path):
+    """Do what is left to do; return the header with the ways used, and all records."""
+    import torch
+    from tqdm import tqdm
+
+    # What is done, and what is left.
+    ways, done = read_items(items_path, header)
+    if any(key_of(saved) not in done for saved, _, _ in items):
+        model, ends, newlines = load_model(folder, tokenizer, args.dtype, args.device)
+        ways = ways or try_batches(model, config, args.context)
+    todo = make_batches(items, done, ways, args, args.context)
+    header = header | {"ways": ways}
+    write_atomically(items_path, "".join(map(dump, [header, *done.values()])))
+    odds = english_odds(data) if "chat" in args.tasks else None
+
+    # Each batch has its own seed: an interrupted run samples what a whole one does.
+    bar = tqdm(total=sum(len(batch) for _, _, batch in todo), unit="item", disable=not todo)
+    with open(items_path, "a", encoding="utf-8") as file, bar:
+        for seed, index, batch in todo:
+            bar.set_description(f"{batch[0][0]['task']} {batch[0][0]['side']}")
+            torch.manual_seed(seed * 1_000_003 + index)
+            found = answer(model, batch, ways, args, ends, newlines)
+            for (saved, _, _), values in zip(batch, found, strict=True):
+                finished = score(saved, values, tokenizer, ends, odds)
+                done[key_of(saved)] = finished
+                file.write(dump(finished))
+            file.flush()
+            bar.update(len(batch))
+
+    # In the order of the plan.
+    records = [done[key_of(saved)] for saved, _, _ in items]
+    write_atomically(items_path, "".join(map(dump, [header, *records])))
+    return header, records
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -1090,7 +1128,6 @@ def evaluate(args):
     folder, model_sha256 = find_model(args.model)
     import torch
     import transformers
-    from tqdm import tqdm
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1099,44 +1136,19 @@ def evaluate(args):
     args.context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     items = plan(data, tokenizer, args)
 
-    # What is done, and what is left to do.
     print(f"{args.model} on {args.device} in {args.dtype}, batches of {args.batch_tokens} tokens")
     header = make_header(args, model_sha256, data_sha256)
-    locked = lock(stem)
-    ways, done = read_items(items_path, header)
-    model = None
-    if any(key_of(saved) not in done for saved, _, _ in items):
-        model, ends, newlines = load_model(folder, tokenizer, args.dtype, args.device)
-        ways = ways or try_batches(model, config, args.context)
-    todo = make_batches(items, done, ways, args, args.context)
-    write_atomically(items_path, "".join(map(dump, [header | {"ways": ways}, *done.values()])))
-    odds = english_odds(data) if "chat" in args.tasks else None
+    with lock(stem):
+        header, records = run(args, folder, config, tokenizer, data, items, header, items_path)
 
-    # Each batch has its own seed: an interrupted run samples what a whole one does.
-    bar = tqdm(total=sum(len(batch) for _, _, batch in todo), unit="item", disable=not todo)
-    with open(items_path, "a", encoding="utf-8") as file, bar:
-        for seed, index, batch in todo:
-            bar.set_description(f"{batch[0][0]['task']} {batch[0][0]['side']}")
-            torch.manual_seed(seed * 1_000_003 + index)
-            found = answer(model, batch, ways, args, ends, newlines)
-            for (saved, _, _), values in zip(batch, found, strict=True):
-                finished = score(saved, values, tokenizer, ends, odds)
-                done[key_of(saved)] = finished
-                file.write(dump(finished))
-            file.flush()
-            bar.update(len(batch))
-
-    # Results, from all items in the order of the plan.
-    records = [done[key_of(saved)] for saved, _, _ in items]
-    write_atomically(items_path, "".join(map(dump, [header | {"ways": ways}, *records])))
-    cuda = args.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.machine() + " CPU"
+    device = platform.machine() + " CPU"
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
     content = {"format": "ssu-eval", "version": 1, "model": args.model, "lang": args.lang}
-    content |= {"settings": header["settings"] | ways, "data": origin}
+    content |= {"settings": header["settings"] | header["ways"], "data": origin}
     content |= {"versions": header["versions"], "device": device, "git_commit": git_commit()}
     content |= {"seconds": round(time.monotonic() - started, 1), "results": summarize(records)}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    locked.close()
     print(f"wrote {args.out}; every item is in {items_path}")
     print("next: python tools/report.py DIRECTORY, with that of the source model's evaluation")
 
