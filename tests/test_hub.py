@@ -138,59 +138,34 @@ def put_madlad(served, lang, documents):
             file.write(json.dumps({"text": "noise"}) + "\n")
 
 
+def madlad(lang):
+    return train.load_documents("--data", f"madlad:{lang}", None, "key")["text"][:]
+
+
 def test_madlad_is_unescaped_fetched_once_and_trained_on(served, olmo2, tmp_path):
     put_madlad(served, "ne", [f"{i}" for i in range(30)])
     put_madlad(served, "ky", [f"{i}\\n{TEXT[i % 5]}" for i in range(40)])
-    argv = ["--model", str(olmo2), "--data", "madlad:ky", "--steps", "2", "--batch-size", "2", "--seq-len", "32",
-            "--out"]
+    argv = ["--model", str(olmo2), "--data", "madlad:ky", "--steps", "2", "--batch-size", "2"]
+    argv += ["--seq-len", "32", "--out"]
     train.main([*argv, str(tmp_path / "a")])
     assert (tmp_path / "a/model/model.safetensors").is_file()
-    (cached,) = (tmp_path / "tokens").glob("madlad-ky-*.bin")
-    documents = AutoTokenizer.from_pretrained(olmo2).decode(np.fromfile(cached, np.uint16)).split("<|endoftext|>")
-    assert documents[:-1] == [f"{i}\n{TEXT[i % 5]}" for k in range(2) for i in range(k, 40, 2)]
-    fetched = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
-    assert len(fetched) == 2 and all("_clean_" in path and train.MADLAD[1] in path for path in fetched)
+    expected = [f"{i}\n{TEXT[i % 5]}" for k in range(2) for i in range(k, 40, 2)]
+    assert madlad("ky") == expected
+    gets = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
+    assert len(gets) == 2 and all("_clean_" in path and train.MADLAD[1] in path for path in gets)
     train.main([*argv, str(tmp_path / "b")])
-    shutil.rmtree(tmp_path / "tokens")
-    train.main([*argv, str(tmp_path / "c")])
-    assert len([path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]) == 2
+    gets = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
+    assert len(gets) == 2
 
-    files = [str(i) for k in range(2) for i in range(k, 30, 2)]  # of Nepali, what datasets' shuffle(seed=42) draws
-    assert train.madlad("ne")["text"] == [files[i] for i in np.random.default_rng(42).permutation(30)]
+    # Of Nepali, what datasets' shuffle(seed=42) draws
+    files = [str(i) for k in range(2) for i in range(k, 30, 2)]
+    assert madlad("ne") == [files[i] for i in np.random.default_rng(42).permutation(30)]
 
 
 @pytest.mark.slow
 def test_of_nepali_250000_documents_are_drawn(served):
     put_madlad(served, "ne", [f"{i}" for i in range(250_010)])
-    assert len(set(train.madlad("ne")["text"])) == 250_000
-
-
-def test_tokenising_goes_on_where_it_was_killed(olmo2, tmp_path):
-    tokenizer, texts = AutoTokenizer.from_pretrained(olmo2), [f"{i} {TEXT[i % 5]}" for i in range(12_345)]
-
-    def run(texts, name):
-        path = tmp_path / name
-        return train.tokenise(texts, tokenizer, 0, False, np.dtype("uint16"), path, path.with_suffix(".done"))
-
-    def killed(after):
-        yield from texts[:after]
-        raise KeyboardInterrupt
-
-    counts = run(iter(texts), "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(killed(11_500), "part")
-    assert json.loads((tmp_path / "part.done").read_text())["documents"] == 10_000
-    assert (tmp_path / "part").stat().st_size < (tmp_path / "whole").stat().st_size
-
-    def rest():
-        yield from ["this would give other tokens"] * 10_000  # these are done: skipped, not read again
-        yield from texts[10_000:]
-
-    assert run(rest(), "part") == counts
-    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
-    (tmp_path / "part").write_bytes(b"")  # shorter than promised: from the start
-    assert run(iter(texts), "part") == counts
-    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert len(set(madlad("ne"))) == 250_000
 
 
 def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
@@ -373,7 +348,7 @@ def test_offline_the_plan_asks_the_caches(paper_sets, tmp_path):
     problems = [line for line in done.stdout.splitlines() if line.startswith("does not fit: ")]
     assert done.returncode == 2 and len(problems) == 8 and all("not in the caches" in line for line in problems)
     prepare_paper.main(argv)
-    train.madlad("ig")
+    madlad("ig")
     huggingface_hub.snapshot_download("someone/tiny")
     done = subprocess.run(plan, **offline)
     assert done.returncode == 0 and done.stdout.count(" in the cache\n") == 2, done.stdout
