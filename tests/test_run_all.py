@@ -129,18 +129,27 @@ def folder(tmp_path_factory):
     return root
 
 
+def tiny_settings(folder, runs, **more):
+    """Return the environment of a run that only trains and reports bits per byte."""
+    settings = dict(MODEL=str(folder / "model"), DATA_DIR=str(folder / "data"), RUNS=str(runs))
+    return settings | dict(TASKS="bpb", STEPS="2", METHODS="fft", PRECISION="fp32") | more
+
+
 def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
-    data = shutil.copytree(folder / "data", folder / "changing")
-    settings = dict(
-        MODEL=str(folder / "model"),
-        DATA_DIR=str(data),
-        RUNS=str(folder / "runs"),
-        STEPS="2",
-        METHODS="ssu-wanda",
-    )
+    """In folders whose names are patterns or two words, without a file of the template."""
+    for name in ("d1", "m1"):
+        (folder / name).mkdir()
+    data = shutil.copytree(folder / "data", folder / "d[1]")
+    model = shutil.copytree(folder / "model", folder / "m[1]")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = (model / "chat_template.jinja").read_text()
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "chat_template.jinja").unlink()
+    settings = tiny_settings(folder, folder / "my runs", MODEL=str(model), DATA_DIR=str(data))
+    settings |= {"METHODS": "ssu-wanda", "TASKS": "bpb,mcq,mt,chat"}
     done = run_all("ne", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = folder / "runs/ne"
+    run = folder / "my runs/ne"
     for name in (
         "scores-wanda.safetensors",
         "ssu-wanda/mask.safetensors",
@@ -162,7 +171,7 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
         (data / "ne/train.jsonl").read_text() + '{"text": "more"}\n'
     )
     (data / "ne/mmlu.test.jsonl").unlink()
-    changed = run_all("ne", TASKS="bpb", COMPACT="1", **settings)
+    changed = run_all("ne", **settings | {"TASKS": "bpb", "COMPACT": "1"})
     assert changed.returncode == 0, changed.stderr[-3000:]
     assert json.loads((run / "source/eval.json").read_text())["results"].keys() == {"bpb"}
     log = [json.loads(line) for line in (run / "ssu-wanda/train.jsonl").read_text().splitlines()]
@@ -172,19 +181,15 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder):
     )  # the scores and the mask; training and evaluations are made anew
 
 
-def tiny_settings(folder, runs, **more):
-    """Return the environment of a run that only trains and reports bits per byte."""
-    settings = dict(MODEL=str(folder / "model"), DATA_DIR=str(folder / "data"), RUNS=str(runs))
-    return settings | dict(TASKS="bpb", STEPS="2", METHODS="fft", PRECISION="fp32") | more
-
-
-def test_a_model_that_the_driver_did_not_make_is_kept(folder, tmp_path):
-    foreign = tmp_path / "ne/fft/model/model.safetensors"
+@pytest.mark.parametrize(
+    "name", ["source/eval.json", pytest.param("fft/model", marks=pytest.mark.slow)]
+)
+def test_what_the_driver_did_not_make_is_kept(name, folder, tmp_path):
+    foreign = tmp_path / "ne" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
-    settings = tiny_settings(folder, tmp_path)
-    done = run_all("ne", **settings)
-    assert done.returncode == 2 and "did not make" in done.stderr and "fft/model" in done.stderr
+    done = run_all("ne", **tiny_settings(folder, tmp_path))
+    assert done.returncode == 2 and "did not make" in done.stderr and name in done.stderr
     assert foreign.read_text() == "mine"
 
 
@@ -206,7 +211,10 @@ def descendants(pid):
     return found
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_stage_and_the_same_command_resumes(number, code, folder, tmp_path):
     settings = tiny_settings(folder, tmp_path, STEPS="100000")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -240,24 +248,6 @@ def test_a_failing_command_ends_with_a_line(folder, tmp_path):
     done = run_all("ne", **settings)
     assert done.returncode == 2
     assert re.search(r"\nrun_all.sh: error: python \w+.py ended with 2$", done.stderr.rstrip())
-
-
-def test_names_with_brackets_and_spaces_are_names(folder, tmp_path):
-    """A model without a chat template file, and names that would be patterns or two words."""
-    for name in ("d1", "m1"):
-        (tmp_path / name).mkdir()
-    data = shutil.copytree(folder / "data", tmp_path / "d[1]")
-    model = shutil.copytree(folder / "model", tmp_path / "m[1]")
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    config["chat_template"] = (model / "chat_template.jinja").read_text()
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    (model / "chat_template.jinja").unlink()
-    settings = tiny_settings(folder, tmp_path / "my runs", MODEL=str(model), DATA_DIR=str(data))
-    done = run_all("ne", **settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "my runs/ne/fft/model/model.safetensors").is_file()
-    found = json.loads((tmp_path / "my runs/ne/source/eval.json").read_text())
-    assert found["results"].keys() == {"bpb"}
 
 
 @pytest.mark.slow
