@@ -1,0 +1,320 @@
+"""Measure chat abilities in English: the benchmarks of Section 4.5 that need more than evaluate.py.
+
+    ifeval, gsm8k  by lm-evaluation-harness, with its own prompts, stops and metrics
+    ae2            answers to AlpacaEval's instructions, as files that alpaca_eval judges
+    codemix        the fraction of these answers that GlotLID does not hold for English (footnote 9)
+
+    python tools/chat_eval.py --model runs/ne/ssu-wanda/model --lang ne --data-dir data/paper \
+        --tasks ifeval,gsm8k,ae2,codemix --out runs/ne/ssu-wanda/chat.json
+
+Decoding is that of Table 9. Every finished item goes to chat.items.jsonl beside chat.json. The same
+command continues from there.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import unicodedata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
+from evaluate import CHAT_SAMPLING, GREEDY, encode, generate, render, write_atomically
+
+GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
+LATIN = ("ha", "ig")  # languages in the script of English
+# lm-eval's task, examples, metric, filter; IFEval limits its new tokens to 1,280 itself
+HARNESS = {
+    "ifeval": ("leaderboard_ifeval", 0, "prompt_level_strict_acc", "none"),
+    "gsm8k": ("gsm8k", 5, "exact_match", "strict-match"),
+}
+TASKS = ("ifeval", "gsm8k", "ae2", "codemix")
+NEW_TOKENS = 512  # Table 9, AE2
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    print("chat_eval.py: error:", " ".join(str(message).split())[:500], file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv=None):
+    def tasks(text):
+        asked = text.split(",")
+        if set(asked) - set(TASKS):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of some of {','.join(TASKS)}")
+        if "codemix" in asked:  # it looks at the answers of ae2
+            asked.append("ae2")
+        return [task for task in TASKS if task in asked]
+
+    parser = argparse.ArgumentParser(
+        "chat_eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="directory of a checkpoint, or hub id")
+    add("--lang", required=True, help="code of the target language, as in data/languages.json")
+    add("--data-dir", required=True, help="directory with en/ae2.jsonl")
+    add("--out", required=True, help="chat.json to write")
+    add("--tasks", type=tasks, default=list(TASKS), help=f"some of {','.join(TASKS)}")
+    add("--num-questions", type=int, help="largest number of questions per task (default: all)")
+    add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
+    add("--greedy", action="store_true", help="one deterministic run instead")
+    add("--batch-tokens", type=int, default=8192, help="largest number of tokens in a batch")
+    add("--language-id", choices=("glotlid", "script"), default="glotlid", help="judge of codemix")
+    add("--seed", type=int, default=42, help="seed of the first run")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="precision")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device")
+    args = parser.parse_args(argv)
+    if args.lang not in evaluate.read_languages():
+        fail(f"--lang {args.lang} is not in data/languages.json. Add it there")
+    if args.greedy:
+        args.runs = 1
+    return args
+
+
+def english_confidence(how, lang):
+    """Return a function from an answer to the confidence in [0, 1] that it is English.
+
+    The function returns None for an answer without letters. `glotlid` is the paper's judge: softmax
+    over English and the target language alone. `script` is the fraction of Latin letters, for where
+    GlotLID cannot be had.
+    """
+    if how == "script":
+        if lang in LATIN:
+            fail(f"--language-id script: {lang} and English share a script. Choose glotlid")
+        return script_confidence
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        import fasttext
+
+        model = fasttext.load_model(hf_hub_download(*GLOTLID[:2], revision=GLOTLID[2]))
+    except ImportError:
+        fail("codemix by GlotLID needs fastText: pip install fasttext-numpy2==0.10.4")
+    except (OSError, ValueError, HTTPError) as error:
+        fail(f"the hub did not give {GLOTLID[0]} ({error}). Choose --language-id script")
+    target = "__label__" + evaluate.read_languages()[lang]["flores"]
+
+    def confidence(text):
+        if not any(c.isalpha() for c in text):
+            return None
+        labels, odds = model.predict(" ".join(text.split()), k=-1)  # one line, all languages
+        found = dict(zip(labels, map(float, odds), strict=True))
+        english, other = found.get("__label__eng_Latn", 0.0), found.get(target, 0.0)
+        return english / (english + other) if english + other else 0.0
+
+    return confidence
+
+
+def script_confidence(text):
+    letters = [c for c in text if c.isalpha()]
+    if not letters:
+        return None
+    return statistics.fmean(unicodedata.name(c, "").startswith("LATIN") for c in letters)
+
+
+def harness_tasks(tasks):
+    """Return lm-eval's TaskManager, once its data and metrics for `tasks` are there."""
+    try:
+        from lm_eval.models.huggingface import HFLM  # noqa: F401
+        from lm_eval.tasks import TaskManager
+
+        if "ifeval" in tasks:
+            import nltk
+            from lm_eval.tasks.leaderboard.ifeval import utils  # noqa: F401
+
+            nltk.data.find("tokenizers/punkt_tab")
+    except ImportError as error:
+        fail(f"ifeval and gsm8k need lm-eval: pip install 'lm-eval[hf,ifeval]==0.4.13' ({error})")
+    except LookupError:
+        fail("ifeval counts sentences with a file of nltk: python -m nltk.downloader punkt_tab")
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    manager = TaskManager()
+    for task in tasks:
+        try:
+            manager.load([HARNESS[task][0]])
+        except (OSError, ValueError, DatasetsError, HTTPError) as error:
+            fail(f"lm-eval could not load {HARNESS[task][0]}: {error}")
+    return manager
+
+
+def harness(model, tokenizer, manager, task, seed, limit, sampling, batch_size):
+    """Run GSM8K or IFEval once, as a chat. Return [{id, prompt, prediction, correct}, ...]."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    name, shots, metric, chosen = HARNESS[task]
+    found = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=[name],
+        num_fewshot=shots,
+        limit=limit,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        gen_kwargs=dict(sampling),
+        torch_random_seed=seed,
+        bootstrap_iters=0,
+        task_manager=manager,
+    )
+    samples = []
+    for sample in found["samples"][name]:
+        if sample["filter"] == chosen:
+            samples.append(
+                {
+                    "id": sample["doc_id"],
+                    "prompt": sample["arguments"][0][0],
+                    "prediction": sample["resps"][0][0],
+                    "correct": float(sample[metric]),
+                }
+            )
+    return samples
+
+
+def answer_instructions(model, tokenizer, ends, rows, run, done, args, sampling, save):
+    """AE2: answer every instruction, in batches of like length that resuming does not change."""
+    import torch
+    from tqdm import tqdm
+
+    prompts = []
+    for row in rows:
+        text = render(tokenizer, [{"role": "user", "content": row["instruction"]}])
+        prompts.append(encode(tokenizer, text))
+    batches = evaluate.batches([len(ids) + NEW_TOKENS for ids in prompts], args.batch_tokens)
+    for number, batch in enumerate(tqdm(batches, desc=f"ae2, run {run}", unit="batch")):
+        if all(("ae2", run, i) in done for i in batch):
+            continue
+        torch.manual_seed((args.seed + run) * 1_000_003 + number)
+        found = generate(model, [prompts[i] for i in batch], NEW_TOKENS, ends, sampling)
+        for i, ids in zip(batch, found, strict=True):
+            save(
+                {
+                    "task": "ae2",
+                    "run": run,
+                    "id": i,
+                    "instruction": rows[i]["instruction"],
+                    "dataset": rows[i].get("dataset"),
+                    "output": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    "stopped": ids[-1] in ends,
+                }
+            )
+
+
+def summarize(done, args, english):
+    """Return `results` of chat.json from all finished items."""
+    results = {}
+    for task in HARNESS:
+        runs = [done[task, run, 0]["samples"] for run in range(args.runs) if task in args.tasks]
+        if runs:
+            means = [statistics.fmean(sample["correct"] for sample in run) for run in runs]
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            found = {"accuracy": statistics.fmean(means), "sd_over_runs": spread}
+            results[task] = {"source": found | {"runs": means, "n": len(runs[0])}}
+    answers = [item for key, item in done.items() if key[0] == "ae2"]
+    if answers:
+        stopped = statistics.fmean(item["stopped"] for item in answers)
+        results["ae2"] = {"source": {"stop_rate": stopped, "n": len(answers)}}
+    if "codemix" in args.tasks:  # below 0.9 an answer is code-mixed (footnote 9)
+        found = [c for c in map(english, (item["output"] for item in answers)) if c is not None]
+        share = statistics.fmean(c < 0.9 for c in found) if found else None
+        results["codemix"] = {"source": {"share": share, "n": len(found)}}
+    return results
+
+
+def read_done(path, header):
+    """Return the finished items of an interrupted run with the same header."""
+    done = {}
+    if not os.path.exists(path):
+        return done
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    if lines[:1] != [json.dumps(header) + "\n"]:
+        print(f"{path} is of other settings, data or model: starting again")
+        return done
+    for line in lines[1:]:
+        item = json.loads(line)
+        done[item["task"], item["run"], item["id"]] = item
+    return done
+
+
+def run(args):
+    # Check what is needed before the model is loaded
+    rows = []
+    if "ae2" in args.tasks:
+        rows = evaluate.read_rows(f"{args.data_dir}/en/ae2.jsonl", ("instruction",))
+        rows = rows[: args.num_questions]
+    folder, model_sha256 = evaluate.find_model(args.model)
+    config, tokenizer = evaluate.load_tokenizer(folder)
+    english = None
+    if "codemix" in args.tasks:
+        english = english_confidence(args.language_id, args.lang)
+    asked = [task for task in HARNESS if task in args.tasks]
+    manager = harness_tasks(asked) if asked else None
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if "ifeval" in asked and context <= 1280:
+        fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
+    evaluate.choose_device(args)
+
+    # Answer, and save each item
+    names = "tasks num_questions runs greedy batch_tokens language_id seed dtype device lang"
+    settings = {name: getattr(args, name) for name in names.split()}
+    header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
+    header["model_sha256"] = model_sha256
+    stem = os.path.splitext(args.out)[0]
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    done = read_done(f"{stem}.items.jsonl", header)
+    lines = [json.dumps(header), *map(json.dumps, done.values())]
+    write_atomically(f"{stem}.items.jsonl", "\n".join(lines) + "\n")
+
+    def save(item):
+        done[item["task"], item["run"], item["id"]] = item
+        with open(f"{stem}.items.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(item) + "\n")
+
+    model, ends, _ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
+    sampling = GREEDY if args.greedy else CHAT_SAMPLING
+    size = max(1, args.batch_tokens // 2048)
+    for number in range(args.runs):
+        seed = args.seed + number
+        for task in asked:
+            if (task, number, 0) not in done:
+                limit = args.num_questions
+                found = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
+                save({"task": task, "run": number, "id": 0, "samples": found})
+        if rows:
+            answer_instructions(model, tokenizer, ends, rows, number, done, args, sampling, save)
+            answers = []
+            for i in range(len(rows)):
+                item = done["ae2", number, i]
+                answer = {name: item[name] for name in ("instruction", "output", "dataset")}
+                answers.append(answer | {"generator": args.model})
+            text = json.dumps(answers, ensure_ascii=False, indent=1)
+            write_atomically(f"{stem}.ae2-{number}.json", text + "\n")
+    content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
+    content |= {"settings": settings | {"model_sha256": model_sha256}}
+    content |= {"device": platform.machine(), "git_commit": evaluate.git_commit()}
+    content |= {"results": summarize(done, args, english)}
+    write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    print(f"wrote {args.out}; every item is in {stem}.items.jsonl")
+    print("next: python tools/report.py DIRECTORY")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+    except OSError as error:
+        fail(f"{error.filename or ''} {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("chat_eval.py: interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
