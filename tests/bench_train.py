@@ -1,21 +1,20 @@
-"""One training step, its time and peak memory: full fine-tuning, masked, compact, and two other ways, in paired runs.
+"""Time and memory of a training step: full fine-tuning, masked, compact and others, in paired runs.
 
-    . ./setup.sh; python tests/bench_train.py --precision fp32            # SmolLM2's shape: ten minutes on two cores
-    python tests/bench_train.py --shape 7B --batch-size 32 --seq-len 512 --micro-batch-size 4 --ways compact
-    python tests/bench_train.py --shape 1B --batch-size 32 --seq-len 512 --gradient-checkpointing auto
+    . ./setup.sh; python tests/bench_train.py --precision fp32   # ten minutes on two cores
+    python tests/bench_train.py --shape 7B --batch-size 32 --seq-len 512 --ways compact
 
-fft, masked, compact, no-master: train.py's own loop (half of the columns frozen; AdaLoRA and GMT are in
-bench_methods.py). compact-plain: compact, and no gradient checkpointing where the others have it.
-trainer: transformers.Trainer on a model in the precision of --precision, masks of full size in gradient hooks, as the
-authors' released code is described; with bf16 its moments are bf16 too. lora: peft's LoRA, r = 8 on every matrix, in
-train.py's loop, on a base in the precision of --precision: what one would take instead. Weights and text are random,
-nothing is downloaded. In each round every way runs in a process of its own; the first step is warm-up and the median of
-the others counts. The table has medians over the rounds, and of the ratio to the first way in the same round the median
-with the smallest and largest. State is counted: weights, masters, gradients, moments, masks. Peak memory is that of
-torch's allocator on a GPU; on a CPU it is the process's, of which a third of a GB is Python's and more is freed memory
-that malloc keeps, as setup.sh makes it do for speed. MFU counts 6 floating-point operations a parameter (but the input
-embeddings') and token, and attention, over the peak of the device where it is known; compact computes a sixth less.
+fft, masked, compact, bf16-true (compact too): train.py's own loop, half of the columns frozen.
+compact-plain: compact, without gradient checkpointing where the others have it. trainer:
+transformers.Trainer with full-size masks in gradient hooks, on weights and moments in --precision.
+lora: peft's LoRA, r = 8 on every matrix, in train.py's loop. Weights and text are random. In each
+round every way runs in a process of its own. The first step is warm-up, and the median of the
+others counts. The table has medians over the rounds, and of the ratio to the first way in the same round
+the median with the smallest and largest. State is counted: weights, gradients, moments. Peak memory
+is that of torch's allocator on a GPU and of the process on a CPU. MFU counts 6 floating-point
+operations per parameter (but the input embeddings') and token, and attention, over the device's
+peak where it is known.
 """
+
 import argparse
 import json
 import statistics
@@ -24,27 +23,53 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from variants import compact  # noqa: E402
 
 SHAPES = {
-    "tiny": LlamaConfig(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                        num_attention_heads=4),
-    "smollm2": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                           num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
-    "1B": Olmo2Config(vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                      num_attention_heads=16, max_position_embeddings=4096),
-    "7B": Olmo2Config(vocab_size=100352, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                      num_attention_heads=32, max_position_embeddings=4096)}
+    "tiny": LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    "smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "1B": Olmo2Config(
+        vocab_size=100352,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+    ),
+    "7B": Olmo2Config(
+        vocab_size=100352,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    ),
+}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16
-WAYS = ["masked", "fft", "compact", "compact-plain", "no-master", "trainer", "lora"]
+WAYS = ["masked", "fft", "compact", "compact-plain", "bf16-true", "trainer", "lora"]
 
 
 def flops(model, seq_len):
@@ -52,41 +77,74 @@ def flops(model, seq_len):
     count = sum(p.numel() for p in model.parameters())
     if not model.config.tie_word_embeddings:
         count -= model.get_input_embeddings().weight.numel()
-    return 6 * count + 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len // 2  # causal
+    return (
+        6 * count + 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len // 2
+    )  # causal
 
 
 def plain_state(model, masks):
     """Bytes of weights, gradients, moments of the same precision, and full-size masks."""
-    return (sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
-            + sum(model.get_parameter(name).numel() for name in masks))
+    return sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) + sum(
+        model.get_parameter(name).numel() for name in masks
+    )
 
 
-def ours(way, args, model, masks, out):
-    """By train.py's loop: (seconds since the first step began at the end of each step, bytes of state)."""
-    compact, checkpointing = way in ("compact", "compact-plain", "no-master"), args.gradient_checkpointing
-    loop = train.parse_args([
-        "--model", "random", "--data", "random", "--out", str(out), "--steps", str(args.steps), "--log-every", "1",
-        "--batch-size", str(args.batch_size), "--micro-batch-size", str(args.micro_batch_size),
-        "--seq-len", str(args.seq_len), "--precision", args.precision, "--device", args.device,
-        "--gradient-checkpointing", "none" if way == "compact-plain" else checkpointing,
-        *(["--mask", "random"] if masks else []), *(["--compact"] if compact else []),
-        *(["--master", "none"] if way == "no-master" else []), *(["--compile"] if args.compile else [])])
+def ours(way, args, model, masks, out):  # noqa: C901
+    """By train.py's loop: (seconds since the first step began at the end of each step, bytes of
+    state).
+    """
+    argv = ["--model", "random", "--data", "random", "--out", str(out), "--log-every", "1"]
+    argv += ["--steps", str(args.steps), "--batch-size", str(args.batch_size)]
+    argv += ["--micro-batch-size", str(args.micro_batch_size), "--seq-len", str(args.seq_len)]
+    argv += ["--precision", "bf16-true" if way == "bf16-true" else args.precision]
+    argv += ["--device", args.device]
+    if args.compile:
+        argv.append("--compile")
+    if masks:
+        argv += ["--mask", "random"]
+    if way in ("compact", "compact-plain", "bf16-true"):
+        argv.append("--compact")
+    loop = train.parse_args(argv)
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and (name not in masks or bool(masks[name].any())))
-    leaves = train.make_leaves(model, masks, loop)
-    train.checkpoint_layers(model, masks, loop)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 64 * args.seq_len, np.uint32)
+    if loop.compact:
+        compact.make_compact(model, masks, loop.precision)
+    model.to(args.device)
+    if args.gradient_checkpointing and way != "compact-plain":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, model.config.vocab_size, (64, args.seq_len))
+    sequences = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    train.train(loop, model, masks, leaves, tokens, {}, {}, 0)
+    train.train(loop, model, masks, sequences, {}, {}, 0, None)
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    ends = [0.0] + [line["step"] * line["ms_per_step"] / 1000 for line in lines if line.get("step")]
-    return ends, plain_state(model, {}) if way == "lora" else train.state_bytes(model, masks, loop).total()
+    ends = [0.0]
+    for line in lines:
+        if line.get("step"):
+            ends.append(line["step"] * line["ms_per_step"] / 1000)
+    state = sum(p.nbytes for p in model.parameters())
+    for p in model.parameters():
+        if p.requires_grad:
+            state += p.nbytes + 8 * p.numel()
+    return ends, state
+
+
+def random_masks(model):
+    """Half of the columns of every matrix, norm and bias."""
+    masks = {}
+    for name in train.maskable(model):
+        p = model.get_parameter(name)
+        mask = torch.arange(p.shape[-1]).remainder(2).to(torch.uint8)
+        masks[name] = mask.view((1,) * (p.dim() - 1) + (-1,))
+    return masks
 
 
 def trainer(args, model, masks, out):
-    """The same by transformers.Trainer and hooks, with the update that its optimizer makes of masked gradients."""
+    """The same by transformers.Trainer and hooks, with the update that its optimizer makes of
+    masked gradients.
+    """
     import time
+
     ends = []
 
     class Clock(transformers.TrainerCallback):
@@ -94,19 +152,36 @@ def trainer(args, model, masks, out):
             if args.device == "cuda":
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
+
     for name, p in model.named_parameters():
         if name in masks:
             full = masks[name].bool().expand(p.shape).contiguous().to(p.device)
             p.register_hook(lambda grad, full=full: grad * full)
     rows = torch.randint(0, model.config.vocab_size, (args.batch_size * args.steps, args.seq_len))
     settings = transformers.TrainingArguments(
-        output_dir=str(out), max_steps=args.steps, per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size // args.micro_batch_size, optim="adamw_torch_fused",
-        learning_rate=5e-5, lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
-        logging_strategy="no", report_to=[], use_cpu=args.device == "cpu", disable_tqdm=True,
-        gradient_checkpointing=args.gradient_checkpointing != "none", torch_compile=args.compile)
-    runner = transformers.Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-                                  callbacks=[Clock()])
+        output_dir=str(out),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
+        optim="adamw_torch_fused",
+        learning_rate=5e-5,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=args.device == "cpu",
+        disable_tqdm=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.compile,
+    )
+    runner = transformers.Trainer(
+        model,
+        settings,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        callbacks=[Clock()],
+    )
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -115,29 +190,54 @@ def trainer(args, model, masks, out):
 
 
 def worker(args):
-    """Prints {"seconds": a step, "bytes": peak, "state": bytes, "flops": a token} of one way, as the last line."""
-    low = args.precision == "bf16" and args.worker in ("trainer", "no-master", "lora")  # peft's adapters stay fp32
+    """Prints {"seconds": a step, "bytes": peak, "state": bytes, "flops": a token} of one way, as
+    the last line.
+    """
+    low = args.precision == "bf16" and args.worker in (
+        "trainer",
+        "bf16-true",
+        "lora",
+    )  # peft's adapters stay fp32
     with torch.device(args.device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=torch.bfloat16 if low else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            SHAPES[args.shape], dtype=torch.bfloat16 if low else torch.float32
+        )
     model.train()
-    masks, operations = train.made_up_masks(model), flops(model, args.seq_len)
+    masks, operations = random_masks(model), flops(model, args.seq_len)
     with tempfile.TemporaryDirectory() as out:
         if args.worker == "trainer":
             ends, state = trainer(args, model, masks, Path(out))
         elif args.worker == "lora":
             from peft import LoraConfig, get_peft_model
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8))
+
+            model = get_peft_model(
+                model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
+            )
             ends, state = ours("lora", args, model, {}, Path(out))
         else:
-            ends, state = ours(args.worker, args, model, {} if args.worker == "fft" else masks, Path(out))
-    seconds = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))  # the first is warm-up
-    print(json.dumps({"seconds": seconds, "bytes": train.peak_memory(args.device), "state": state,
-                      "flops": operations}))
+            ends, state = ours(
+                args.worker, args, model, {} if args.worker == "fft" else masks, Path(out)
+            )
+    seconds = statistics.median(
+        b - a for a, b in zip(ends[1:], ends[2:], strict=False)
+    )  # the first is warm-up
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "bytes": train.peak_memory(torch.device(args.device)),
+                "state": state,
+                "flops": operations,
+            }
+        )
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smollm2")
     add("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -147,7 +247,7 @@ def main():
     add("--micro-batch-size", type=int, default=4)
     add("--seq-len", type=int, default=128)
     add("--precision", choices=["bf16", "fp32"], default="bf16")
-    add("--gradient-checkpointing", choices=["none", "auto", "all"], default="none")
+    add("--gradient-checkpointing", action="store_true")
     add("--compile", action="store_true", help="torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--worker", choices=WAYS, help=argparse.SUPPRESS)
@@ -156,8 +256,12 @@ def main():
         parser.error("--steps must be at least 3: the first is warm-up")
     if args.worker:
         return worker(args)
-    ways = [way for way in args.ways if not (way == "compact-plain" and args.gradient_checkpointing == "none")
-            and not (way == "no-master" and args.precision == "fp32")]
+    ways = [
+        way
+        for way in args.ways
+        if not (way == "compact-plain" and not args.gradient_checkpointing)
+        and not (way == "bf16-true" and args.precision == "fp32")
+    ]
     found = {way: [] for way in ways}
     for _ in tqdm(range(args.rounds), unit="round"):
         for way in list(found):
@@ -173,23 +277,37 @@ def main():
     if not found:
         sys.exit("bench_train.py: nothing fits into the memory")
     first = next(iter(found))
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     peak = next((value for name, value in PEAKS.items() if name in device), None)
     tokens = args.batch_size * args.seq_len
-    print(f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a step in micro-batches of "
-          f"{args.micro_batch_size}, gradient checkpointing: {args.gradient_checkpointing}; {device}; torch "
-          f"{torch.__version__}\n\n| | s a step (fastest) | to {first} | state GB | peak GB | to {first} | "
-          "tokens/s | MFU |\n|" + "---|" * 8)
+    print(
+        f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a "
+        f"step in micro-batches of "
+        f"{args.micro_batch_size}, gradient checkpointing: {args.gradient_checkpointing}; "
+        f"{device}; torch "
+        f"{torch.__version__}\n\n| | s a step (fastest) | to {first} | state GB | peak GB "
+        f"| to {first} | "
+        "tokens/s | MFU |\n|" + "---|" * 8
+    )
     for way, runs in found.items():
         cells = [way]
         for key, unit in (("seconds", 1), ("bytes", 1e9)):
             cells += [f"{runs[0]['state'] / 1e9:.2f}"] * (key == "bytes")
             ratios = sorted(a[key] / b[key] for a, b in zip(runs, found[first], strict=True))
             fastest = f" ({min(run[key] for run in runs):.2f})" if key == "seconds" else ""
-            cells += [f"{statistics.median(run[key] for run in runs) / unit:.2f}" + fastest,
-                      f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]
+            cells += [
+                f"{statistics.median(run[key] for run in runs) / unit:.2f}" + fastest,
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            ]
         speed = tokens / statistics.median(run["seconds"] for run in runs)
-        cells += [f"{speed:.0f}", f"{speed * runs[0]['flops'] / peak:.1%}" if peak and way != "lora" else "-"]
+        cells += [
+            f"{speed:.0f}",
+            f"{speed * runs[0]['flops'] / peak:.1%}" if peak and way != "lora" else "-",
+        ]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -1,5 +1,7 @@
-"""Tiny random models with a real tokenizer and chat template, a little text, and a hub on loopback: all that the fast
+"""Tiny random models with a real tokenizer and chat template, a little text, and a hub on
+loopback: all that the fast
 tests run on."""
+
 import json
 import os
 import resource
@@ -8,7 +10,9 @@ from pathlib import Path
 
 import hub
 
-os.environ["HF_ENDPOINT"] = hub.serve()  # before anything imports huggingface_hub, which reads these once
+os.environ["HF_ENDPOINT"] = (
+    hub.serve()
+)  # before anything imports huggingface_hub, which reads these once
 os.environ["HF_HOME"] = str(hub.HUB / "home")
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_TOKEN"] = ""
@@ -30,34 +34,69 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-TEXT = ["The old mill stands by the river, and its wheel has not turned for years.",
-        "She asked what the capital of France is, and he answered that it is Paris.",
-        "नेपाल दक्षिण एसियामा अवस्थित एक देश हो। यसको राजधानी काठमाडौँ हो।",
-        "आज मौसम राम्रो छ र हामी बजार जाँदैछौं।", "Rain fell on the hills; the children ran home laughing."]
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-MODELS = {"olmo2": (Olmo2Config, Olmo2ForCausalLM, dict(num_key_value_heads=4, tie_word_embeddings=False)),
-          "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=True)),
-          "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=False))}
+TEXT = [
+    "The old mill stands by the river, and its wheel has not turned for years.",
+    "She asked what the capital of France is, and he answered that it is Paris.",
+    "नेपाल दक्षिण एसियामा अवस्थित एक देश हो। यसको राजधानी काठमाडौँ हो।",
+    "आज मौसम राम्रो छ र हामी बजार जाँदैछौं।",
+    "Rain fell on the hills; the children ran home laughing.",
+]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+MODELS = {
+    "olmo2": (
+        Olmo2Config,
+        Olmo2ForCausalLM,
+        dict(num_key_value_heads=4, tie_word_embeddings=False),
+    ),
+    "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(num_key_value_heads=2, tie_word_embeddings=False),
+    ),
+}
 
 
 def tiny_tokenizer():
-    """Byte-level BPE of 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in chat models)."""
+    """Byte-level BPE of 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in
+    chat models).
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = TEMPLATE
     return fast
 
 
 def tiny_model(folder, kind="llama", seed=0, **sizes):
-    """Saves a random model of a kind of MODELS, norm weights and biases random too, with its tokenizer to `folder`."""
+    """Saves a random model of a kind of MODELS, norm weights and biases random too, with its
+    tokenizer to `folder`.
+    """
     tokenizer = tiny_tokenizer()
     config, architecture, extra = MODELS[kind]
     torch.manual_seed(seed)
@@ -74,12 +113,16 @@ def tiny_model(folder, kind="llama", seed=0, **sizes):
 
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def forked(main, argv, before=lambda: None):
-    """Starts main(argv) in a process of its own, a copy of this one, with nothing to import. Returns its id."""
+    """Starts main(argv) in a process of its own, a copy of this one, with nothing to import.
+    Returns its id.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -96,10 +139,14 @@ def forked(main, argv, before=lambda: None):
 
 
 def limit_file_size(limit, errors):
-    """For `forked`: no file may grow beyond `limit` bytes, as on a full disk; stderr goes to the file `errors`."""
+    """For `forked`: no file may grow beyond `limit` bytes, as on a full disk; stderr goes to the
+    file `errors`.
+    """
+
     def before():
         sys.stderr = open(errors, "w", buffering=1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     return before
 
 
@@ -128,6 +175,13 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Calibration chats, `messages` rows."""
-    rows = [{"messages": [{"role": "user", "content": f"{TEXT[i % 5]} {i}?"},
-                          {"role": "assistant", "content": TEXT[(i + 1) % 5]}]} for i in range(40)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{TEXT[i % 5]} {i}?"},
+                {"role": "assistant", "content": TEXT[(i + 1) % 5]},
+            ]
+        }
+        for i in range(40)
+    ]
     return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)

@@ -1,9 +1,11 @@
 """A stand-in for the Hugging Face hub on loopback, for tests of the real clients out of its reach.
 
-It serves HUB/datasets/OWNER/NAME/... and HUB/models/OWNER/NAME/..., HUB being a folder that goes with the process,
-through the parts of the hub's HTTP interface that huggingface_hub uses to list and fetch files. Every repository has
-one commit, the one asked for; branches are at COMMIT. One with a file named .gated wants the token "let-me-in".
+It serves HUB/datasets/OWNER/NAME/... and HUB/models/OWNER/NAME/..., HUB being a folder that goes
+with the process, through the parts of the hub's HTTP interface that huggingface_hub uses to list
+and fetch files. Every repository has one commit, the one asked for; branches are at COMMIT. One
+with a file named .gated wants the token "let-me-in".
 """
+
 import atexit
 import json
 import re
@@ -18,8 +20,10 @@ HUB = Path(tempfile.mkdtemp(prefix="hub-"))
 atexit.register(shutil.rmtree, HUB, ignore_errors=True)
 REQUESTS = []  # (command, path, range) of each, so far
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+)"
-                 r"(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?")
+API = re.compile(
+    r"/api/(datasets|models)/([^/]+/[^/]+)"
+    r"(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
+)
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -45,7 +49,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def entry(self, folder, path):
         path = folder / path
-        kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory", "size": 0}
+        kind = (
+            {"type": "file", "size": path.stat().st_size}
+            if path.is_file()
+            else {"type": "directory", "size": 0}
+        )
         return {**kind, "path": path.relative_to(folder).as_posix(), "oid": path.name}
 
     def do_GET(self):
@@ -55,7 +63,9 @@ class Handler(BaseHTTPRequestHandler):
         api, resolve = API.fullmatch(url.path), RESOLVE.fullmatch(url.path)
         if not api and not resolve:
             return self.refuse(404, "RepoNotFound")
-        kind, repo = (api[1], api[2]) if api else ("datasets" if resolve[1] else "models", resolve[2])
+        kind, repo = (
+            (api[1], api[2]) if api else ("datasets" if resolve[1] else "models", resolve[2])
+        )
         folder = HUB / kind / repo
         if not folder.is_dir():
             return self.refuse(404, "RepoNotFound")
@@ -74,15 +84,33 @@ class Handler(BaseHTTPRequestHandler):
             below = folder / unquote(api[5] or "")
             if not below.exists():
                 return self.refuse(404, "EntryNotFound")
-            found = below.rglob("*") if "true" in parse_qs(url.query.lower()).get("recursive", []) else below.iterdir()
+            found = (
+                below.rglob("*")
+                if "true" in parse_qs(url.query.lower()).get("recursive", [])
+                else below.iterdir()
+            )
             return self.answer(200, [self.entry(folder, f) for f in sorted(found)])
         if api[3] == "paths-info":
             paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
             return self.answer(200, [self.entry(folder, f) for f in paths if (folder / f).exists()])
-        return self.answer(200, {
-            "_id": "0", "id": repo, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": [],
-            "downloads": 0, "likes": 0, "lastModified": "2025-01-01T00:00:00.000Z", "author": repo.split("/")[0],
-            "createdAt": "2025-01-01T00:00:00.000Z", "siblings": [{"rfilename": f} for f in files]})
+        return self.answer(
+            200,
+            {
+                "_id": "0",
+                "id": repo,
+                "sha": commit,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "lastModified": "2025-01-01T00:00:00.000Z",
+                "author": repo.split("/")[0],
+                "createdAt": "2025-01-01T00:00:00.000Z",
+                "siblings": [{"rfilename": f} for f in files],
+            },
+        )
 
     do_HEAD = do_POST = do_GET
 
@@ -90,12 +118,16 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.refuse(404, "EntryNotFound")
         content, size = path.read_bytes(), path.stat().st_size
-        headers = {"ETag": f'"{size}-{path.name}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes",
-                   "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": f'"{size}-{path.name}"',
+            "X-Repo-Commit": commit,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, last = int(span[1]), min(int(span[2] or size - 1), size - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-            return self.answer(206, content[first:last + 1], headers)
+            return self.answer(206, content[first : last + 1], headers)
         return self.answer(200, content, headers)
 
 
