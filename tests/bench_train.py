@@ -8,11 +8,11 @@ compact-plain: compact, without gradient checkpointing where the others have it.
 transformers.Trainer with full-size masks in gradient hooks, on weights and moments in --precision.
 lora: peft's LoRA, r = 8 on every matrix, in train.py's loop. Weights and text are random. In each
 round every way runs in a process of its own. The first step is warm-up, and the median of the
-others counts. The table has medians over the rounds, and of the ratio to the first way in the same round
-the median with the smallest and largest. State is counted: weights, gradients, moments. Peak memory
-is that of torch's allocator on a GPU and of the process on a CPU. MFU counts 6 floating-point
-operations per parameter (but the input embeddings') and token, and attention, over the device's
-peak where it is known.
+others counts. The table has medians over the rounds, and of the ratio to the first way in the same
+round the median with the smallest and largest. State is counted: weights, gradients, moments. Peak
+memory is that of torch's allocator on a GPU and of the process on a CPU. MFU counts 6
+floating-point operations per parameter (but the input embeddings') and token, and attention, over
+the device's peak where it is known.
 """
 
 import argparse
