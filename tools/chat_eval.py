@@ -12,10 +12,10 @@ command continues from there.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import unicodedata
@@ -71,6 +71,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lang not in evaluate.read_languages():
         fail(f"--lang {args.lang} is not in data/languages.json. Add it there")
+    if args.runs < 1 or args.batch_tokens < 1 or (args.num_questions or 1) < 1:
+        parser.error("--runs, --batch-tokens and --num-questions must be at least 1")
     if args.greedy:
         args.runs = 1
     return args
@@ -238,8 +240,11 @@ def read_done(path, header):
         print(f"{path} is of other settings, data or model: starting again")
         return done
     for line in lines[1:]:
-        item = json.loads(line)
-        done[item["task"], item["run"], item["id"]] = item
+        try:
+            item = json.loads(line)
+            done[item["task"], item["run"], item["id"]] = item
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{path} is damaged ({error}). Delete it to start again")
     return done
 
 
@@ -266,6 +271,7 @@ def run(args):
     settings = {name: getattr(args, name) for name in names.split()}
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
+    header["data_sha256"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     stem = os.path.splitext(args.out)[0]
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     done = read_done(f"{stem}.items.jsonl", header)
@@ -298,7 +304,7 @@ def run(args):
             write_atomically(f"{stem}.ae2-{number}.json", text + "\n")
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
     content |= {"settings": settings | {"model_sha256": model_sha256}}
-    content |= {"device": platform.machine(), "git_commit": evaluate.git_commit()}
+    content |= {"device": args.device, "git_commit": evaluate.git_commit()}
     content |= {"results": summarize(done, args, english)}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {stem}.items.jsonl")
