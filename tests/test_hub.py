@@ -1,6 +1,5 @@
 """Data and models of the hub, through its real clients, against the stand-in of hub.py."""
 
-import gzip
 import json
 import os
 import re
@@ -10,12 +9,10 @@ import sys
 from collections import Counter
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import COMMIT, HUB, REQUESTS
-from huggingface_hub import HfFileSystem
+from paper_hub import configs, put_harness_data, put_madlad, put_parquet, put_rows, put_tulu, served  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -25,47 +22,6 @@ import train
 from tools import chat_eval
 
 TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
-
-
-@pytest.fixture
-def served():
-    """The folder of the stand-in's data sets, empty, and nothing in the clients' caches."""
-    shutil.rmtree(HUB, ignore_errors=True)
-    HfFileSystem.clear_instance_cache()
-    if listings := sys.modules.get(
-        "huggingface_hub._tree_cache"
-    ):  # of commits, whose files never change on the hub
-        listings._IN_MEMORY_TREE_CACHE.clear()
-    REQUESTS.clear()
-    (HUB / "datasets").mkdir(parents=True)
-    return HUB / "datasets"
-
-
-def put_parquet(folder, rows, shards, group):
-    folder.mkdir(parents=True)
-    size = len(rows) // shards
-    for i in range(shards):
-        pq.write_table(
-            pa.Table.from_pylist(rows[i * size : (i + 1) * size]),
-            folder / f"train-{i:05}-of-{shards:05}.parquet",
-            row_group_size=group,
-        )
-
-
-def put_tulu(served, rows=600):
-    chats = [
-        {
-            "id": f"sft_{i}",
-            "source": "somewhere",
-            "messages": [
-                {"role": "user", "content": f"{i} {TEXT[i % 5]}?"},
-                {"role": "assistant", "content": TEXT[(i + 1) % 5]},
-            ],
-        }
-        for i in range(rows)
-    ]
-    put_parquet(served / TULU / "data", chats, shards=3, group=10)
-    return chats
 
 
 def test_tulu_is_drawn_from_all_parts_recorded_and_not_fetched_again(
@@ -197,16 +153,6 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line(what, served, olmo2, 
         assert not list(tmp_path.iterdir())
 
 
-def put_madlad(served, lang, documents):
-    folder = served / MADLAD / "data" / lang
-    folder.mkdir(parents=True)
-    for i in range(2):
-        with gzip.open(folder / f"{lang}_clean_{i:04}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents[i::2])
-        with gzip.open(folder / f"{lang}_noisy_{i:04}.jsonl.gz", "wt") as file:
-            file.write(json.dumps({"text": "noise"}) + "\n")
-
-
 def madlad(lang):
     return train.load_documents("--data", f"madlad:{lang}", None, "key")["text"][:]
 
@@ -244,21 +190,6 @@ def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
     score.main(["--model", str(olmo2), *argv, str(tmp_path / "folder.safetensors")])
     for name, tensor in load_file(tmp_path / "hub.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "folder.safetensors")[name])
-
-
-def configs(folder, found):
-    """A data set's README with its configurations, as the hub has it: {config: {split: path}}."""
-    lines = ["---", "configs:"]
-    for name, splits in found.items():
-        lines += [f"- config_name: {name}", "  data_files:"]
-        for split, path in splits.items():
-            lines += [f"  - split: {split}", f"    path: {path}"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-
-
-def put_rows(folder, path, rows):
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / path)
 
 
 def put_glotlid(words):
@@ -338,43 +269,6 @@ def test_code_mixed_answers_are_counted_and_written_for_the_judge(served, llama,
             chat_eval.main([*argv[:6], "--out", str(tmp_path / "other.json"), *argv[8:], *more])
         (line,) = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and message in line
-
-
-def put_harness_data(served, tmp_path, monkeypatch):
-    for split, plus in (("train", 1), ("test", 2)):
-        put_rows(
-            served / "openai/gsm8k",
-            f"main/{split}.parquet",
-            [
-                {
-                    "question": f"What is {i} + {plus}?",
-                    "answer": f"It is {i + plus}.\n#### {i + plus}",
-                }
-                for i in range(6)
-            ],
-        )
-    configs(
-        served / "openai/gsm8k",
-        {"main": {split: f"main/{split}.parquet" for split in ("train", "test")}},
-    )
-    put_rows(
-        served / "wis-k/instruction-following-eval",
-        "data/train.parquet",
-        [
-            {
-                "key": i,
-                "prompt": f"{text} Do not use the letter e.",
-                "instruction_id_list": ["keywords:forbidden_words"],
-                "kwargs": [{"forbidden_words": ["e"]}],
-            }
-            for i, text in enumerate(TEXT)
-        ],
-    )
-    configs(
-        served / "wis-k/instruction-following-eval", {"default": {"train": "data/train.parquet"}}
-    )
-    (tmp_path / "nltk/tokenizers/punkt_tab").mkdir(parents=True)  # no sentences are counted here
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk"))
 
 
 def test_without_lm_eval_the_message_names_it(llama, tmp_path, monkeypatch, capsys):
