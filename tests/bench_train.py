@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from variants import compact  # noqa: E402
+from variants import compact, files  # noqa: E402
 
 SHAPES = {
     "tiny": LlamaConfig(
@@ -116,7 +116,7 @@ def ours(way, args, model, masks, out):  # noqa: C901
     sequences = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    train.train(loop, model, masks, sequences, {}, {}, 0, None)
+    train.train(loop, model, masks, sequences, {}, {})
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     ends = [0.0]
     for line in lines:
@@ -132,7 +132,7 @@ def ours(way, args, model, masks, out):  # noqa: C901
 def random_masks(model):
     """Half of the columns of every matrix, norm and bias."""
     masks = {}
-    for name in train.maskable(model):
+    for name in files.maskable(model):
         p = model.get_parameter(name)
         mask = torch.arange(p.shape[-1]).remainder(2).to(torch.uint8)
         masks[name] = mask.view((1,) * (p.dim() - 1) + (-1,))
@@ -226,7 +226,7 @@ def worker(args):
         json.dumps(
             {
                 "seconds": seconds,
-                "bytes": train.peak_memory(torch.device(args.device)),
+                "bytes": files.peak_memory(args.device),
                 "state": state,
                 "flops": operations,
             }

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import make_mask
 import score
 import train
-from variants import adalora
+from data.blocks import batch_indices, load_sequences
+from variants import adalora, files, gmt
 
 TINY = [
     "--steps",
@@ -76,13 +77,13 @@ def arguments(model, data, out, *extra):
 def state_of(out):
     """All tensors of the newest checkpoint below a run's directory."""
     state = {}
-    for path in train.find_checkpoint(out / "checkpoint").glob("*.safetensors"):
+    for path in files.newest_checkpoint(out).glob("*.safetensors"):
         state |= load_file(path)
     return state
 
 
 def step_of(out):
-    found = train.find_checkpoint(out / "checkpoint")
+    found = files.newest_checkpoint(out)
     return int(found.name.removeprefix("step-")) if found else 0
 
 
@@ -228,8 +229,8 @@ def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, requ
 
 
 def stop_after_saving():
-    real = train.save_checkpoint
-    train.save_checkpoint = lambda *a: (real(*a), os._exit(9))
+    real = files.save_checkpoint
+    files.save_checkpoint = lambda *a: (real(*a), os._exit(9))
 
 
 def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo2, text, tmp_path):
@@ -255,7 +256,7 @@ def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo
     )
     tokens, _ = next_tokens(olmo2, text, tmp_path)
     blocks = torch.tensor(tokens).view(-1, 32)
-    batch = blocks[train.batch_indices(0, 4, len(blocks), 42)]
+    batch = blocks[batch_indices(0, 4, len(blocks), 42)]
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
     expected = {}
     for micro_batch in batch.split(2):
@@ -295,13 +296,13 @@ def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo
 def test_gmt_drops_exactly_the_share():
     grad = torch.randn(7, 9)
     for ratio, left in ((0, 63), (0.5, 32), (0.9, 7)):
-        cut = train.drop_smallest(grad, ratio)
+        cut = gmt.drop_smallest(grad, ratio)
         assert (cut != 0).sum() == left and torch.equal(cut[cut != 0], grad[cut != 0])
         assert ratio == 0 or cut[cut != 0].abs().min() >= grad[cut == 0].abs().max()
     tied = torch.tensor([[1.0, -1.0, 2.0], [1.0, 3.0, -4.0]])
-    assert train.drop_smallest(tied, 0.34).tolist() == [[0, 0, 2], [0, 3, -4]]
+    assert gmt.drop_smallest(tied, 0.34).tolist() == [[0, 0, 2], [0, 3, -4]]
     broken = torch.tensor([[1.0, float("nan"), 2.0, float("inf")]])
-    assert not torch.isfinite(train.drop_smallest(broken, 0.5)).all()
+    assert not torch.isfinite(gmt.drop_smallest(broken, 0.5)).all()
 
 
 def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
@@ -435,10 +436,10 @@ def test_methods_that_exclude_each_other_are_refused(
     ):
         assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
     for extra, message in (
-        (["--adalora", "--save-every", "5"], "cannot resume"),
+        (["--adalora", "--save-every", "5"], "has no --save-every"),
         (["--gmt-ratio", "1"], "below 1"),
         (["--adalora", "--precision", "fp16"], "bf16 or fp32"),
-        (["--adalora", "--resume"], "cannot resume"),
+        (["--adalora", "--resume"], "has no --save-every"),
         (["--gmt-ratio", "nan"], "below 1"),
     ):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
@@ -468,7 +469,7 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
     lines = [line for line in log_of(tmp_path / "out") if line.get("step", 0) > 0]
     for step in range(20):
         # the whole batch at once here, two micro-batches there
-        batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
+        batch = blocks[batch_indices(step, 4, len(blocks), 42)]
         loss = F.cross_entropy(
             model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
         )
@@ -499,7 +500,7 @@ def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp
     masks = {name: m.double() for name, m in load_file(mask).items()}
     m1, m2 = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
     for step in range(5):
-        batch = blocks[train.batch_indices(step, 4, len(blocks), 42)]
+        batch = blocks[batch_indices(step, 4, len(blocks), 42)]
         F.cross_entropy(
             model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
         ).backward()
@@ -526,7 +527,7 @@ def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp
 def next_tokens(model, text, folder, flag="--data"):
     """The token ids of a text, [tokens], and its counts, as train.py reads it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sequences, counts, _ = train.load_sequences(flag, str(text), tokenizer, "x", 0, 32)
+    sequences, counts = load_sequences(tokenizer, "x", 32, flag, str(text))
     return sequences[:]["input_ids"].flatten().numpy(), counts
 
 
@@ -540,9 +541,7 @@ def test_tokens_are_the_documents_each_ended_and_cached(olmo2, text, tmp_path):
     assert counts["bytes"] == sum(
         len(json.loads(line)["text"].encode()) for line in text.read_text().splitlines()
     )
-    key = train.load_sequences("--data", str(text), tokenizer, "x", 0, 32)[0].cache_files[0][
-        "filename"
-    ]
+    key = load_sequences(tokenizer, "x", 32, "--data", str(text))[0].cache_files[0]["filename"]
     before = os.stat(key).st_mtime_ns
     next_tokens(olmo2, text, tmp_path)
     assert os.stat(key).st_mtime_ns == before
@@ -561,13 +560,10 @@ def test_control_tokens_quoted_in_raw_text_are_spelled_out_and_chats_are_templat
 
 
 def test_data_order_is_a_shuffle_that_depends_on_seed_and_step_alone():
-    drawn = [i for step in range(10) for i in train.batch_indices(step, 4, 20, 1)]
+    drawn = [i for step in range(10) for i in batch_indices(step, 4, 20, 1)]
     assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20))
     assert drawn[:20] != drawn[20:] != sorted(drawn[20:])
-    assert (
-        train.batch_indices(7, 4, 20, 1) == drawn[28:32]
-        and train.batch_indices(0, 4, 20, 2) != drawn[:4]
-    )
+    assert batch_indices(7, 4, 20, 1) == drawn[28:32] and batch_indices(0, 4, 20, 2) != drawn[:4]
 
 
 def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
@@ -620,11 +616,9 @@ def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
     assert not (tmp_path / "out/checkpoint").exists() and not list(tmp_path.rglob("*.tmp"))
     out = capsys.readouterr().out
     for said in (
-        "lm_head.weight",
         "per byte",
         "first sequence: '",
-        "moments",
-        "trainable weights moved",
+        " trainable weights",
     ):
         assert said in out
 
@@ -671,7 +665,7 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     # so that ten kills fall into forty short steps, many of them while a checkpoint is written
     def slow_disk():
         real = os.replace
-        train.os.replace = lambda a, b: (time.sleep(0.05), real(a, b))
+        files.os.replace = lambda a, b: (time.sleep(0.05), real(a, b))
 
     for _ in range(10):
         before = step_of(out)
@@ -701,7 +695,7 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path):
 
     def die_when_the_model_gets_its_name():
         real = os.replace
-        train.os.replace = lambda a, b: os._exit(9) if Path(b).name == "model" else real(a, b)
+        files.os.replace = lambda a, b: os._exit(9) if Path(b).name == "model" else real(a, b)
 
     pid = forked(
         train.main,
@@ -749,7 +743,7 @@ def test_resume_under_other_settings_is_refused(
         (["--lr", "0.02"], "lr was 0.01, is 0.02"),
         (["--seed", "1"], "seed was 42, is 1"),
         (["--data", other], "data was"),
-        (["--mask", mask], "mask was None, is"),
+        (["--mask", mask], "mask was"),
         (["--model", tiny_model(tmp_path / "m", "olmo2", seed=5)], "model was"),
         (["--steps", "30"], "steps was 20, is 30"),
     ]:
@@ -762,7 +756,7 @@ def test_resume_under_other_settings_is_refused(
 
 def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, capsys):
     base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
-    folder = train.find_checkpoint(checkpointed / "checkpoint")
+    folder = files.newest_checkpoint(checkpointed)
     (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
@@ -789,7 +783,7 @@ def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, capsys):
 
 def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with train.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         assert "another train.py" in refused(capsys, *arguments(olmo2, text, tmp_path / "out"))
 
 
@@ -810,13 +804,13 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
     [
         (None, "no such file"),
         ("", "no text"),
-        ('{"text": "a"}\n{broken\n', "line 2 is not JSON"),
-        ('{"text": "a"}\n{"text": "\udcff"}\n', "line 2 is not JSON in UTF-8"),
+        ('{"text": "a"}\n{broken\n', "row 2 is not JSON"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "row 2 is not JSON in UTF-8"),
         ('{"messages": []}\n', "no usable `text`"),
         ("[1]\n", "no usable `text`"),
         ('{"text": "\\ud83d"}\n', "no usable `text`"),
         ('{"text": "short"}\n', "do not fill one sequence"),
-        ("[" * 100_000 + "\n", "line 1 is not JSON"),
+        ("[" * 100_000 + "\n", "row 1 is not JSON"),
     ],
 )
 def test_bad_training_text(content, message, olmo2, tmp_path, capsys):
@@ -841,8 +835,7 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, c
         (["--max-grad-norm", "-1"], "--max-grad-norm"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(10**14)], "--seed"),
-        (["--device", "gpu"], "does not exist"),
-        (["--device", "cuda:99"], "does not exist"),
+        (["--device", "gpu"], "invalid choice"),
         (["--seq-len", "1024"], "takes at most 512 tokens"),
     ):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
@@ -911,6 +904,7 @@ def rewritten(mask, path, change):
     with safe_open(mask, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     change(metadata, tensors)
+    metadata["tensors_sha256"] = files.digest_of(tensors)
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -921,25 +915,15 @@ def rewritten(mask, path, change):
         (lambda m, t: t.pop("model.norm.weight"), "no mask for ['model.norm.weight']"),
         (
             lambda m, t: t.update({"other.weight": torch.ones(1, 32, dtype=torch.uint8)}),
-            "unknown ['other.weight']",
+            "other.weight [1, 32] does not fit",
         ),
         (
             lambda m, t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.uint8)}),
-            "[5] for weights [32]",
+            "model.norm.weight [5] does not fit",
         ),
         (
             lambda m, t: t.update({"model.norm.weight": torch.full((32,), 2, dtype=torch.uint8)}),
-            "values other than 0 and 1",
-        ),
-        (
-            lambda m, t: t.update(
-                {
-                    name: torch.zeros(1, 1, dtype=torch.uint8)
-                    for name in ("lm_head.weight", "model.embed_tokens.weight")
-                }
-                | {name: torch.zeros_like(mask) for name, mask in t.items()}
-            ),
-            "freezes every weight",
+            "does not fit",
         ),
         (lambda m, t: m.update(format="ssu-scores"), "not a mask file"),
         (lambda m, t: m.update(fingerprint="0"), "parameters differ"),
@@ -965,7 +949,7 @@ def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, c
 def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
     assert "no such directory" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
     (tmp_path / "file").write_text("")
-    assert "cannot create" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
+    assert "Not a directory" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
 
 
 def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(

@@ -2,7 +2,17 @@
 the end.
 """
 
+import importlib.util
+
 import torch
+
+
+def check(args, error):
+    """Call error(message) if the other arguments do not allow AdaLoRA."""
+    if args.save_every or args.resume or args.compile or args.precision not in ("bf16", "fp32"):
+        error("--adalora has no --save-every, --resume, --compile; it needs bf16 or fp32")
+    if not importlib.util.find_spec("peft"):
+        error("--adalora needs peft: pip install peft==0.21.2")
 
 
 def add_adapters(model, steps, seed):

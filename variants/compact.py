@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from variants.files import fail
+
 
 def select(x, index):
     """Return columns `index` of x [n, d] as [n, k]."""
@@ -79,19 +81,19 @@ def make_compact(model, masks, precision):
             module.weight.data = module.weight.data.to(low)
 
 
-def without_gradient(model):
-    """Return the name of a compact matrix that got no gradient, or None."""
-    for name, module in model.named_modules():
-        if isinstance(module, CompactLinear) and module.columns.grad is None:
-            return name
-    return None
-
-
 @torch.no_grad()
-def write_columns(model):
-    """Copy the trained columns into the matrices that the forward pass reads."""
-    for module in model.modules():
+def write_columns(model, trained=False):
+    """Copy the columns into the matrices that the forward pass reads.
+
+    After a step (`trained`), a matrix whose columns got no gradient is an error: the model reads
+    its weight without calling its nn.Linear, so that it would stay untrained.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, CompactLinear):
+            if trained and module.columns.grad is None:
+                fail(
+                    f"--compact: {name} got no gradient: the model does not call it. Omit --compact"
+                )
             index = module.index.expand(len(module.weight), -1)
             module.weight.scatter_(1, index, module.columns.to(module.weight.dtype))
 

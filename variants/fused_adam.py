@@ -12,13 +12,12 @@ from torch.optim.adamw import adamw
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with fp32 state for parameters of any floating-point dtype.
 
-    `decay_masks` maps a parameter to a mask (1 = update, 0 = freeze) that broadcasts over it.
-    Decoupled weight decay then moves its trainable weights only.
+    `decayed` maps each parameter that decays to its mask (1 = update, 0 = freeze), or to 1.
     """
 
-    def __init__(self, params, lr, betas, eps, weight_decay, decay_masks):
+    def __init__(self, params, lr, betas, eps, weight_decay, decayed):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.decay_masks = decay_masks
+        self.decayed = decayed
 
     @torch.no_grad()
     def step(self):
@@ -34,8 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         weight = p.float()
-        decay = group["lr"] * group["weight_decay"]
-        weight.mul_(1 - decay * self.decay_masks.get(p, 1))
+        weight.mul_(1 - group["lr"] * group["weight_decay"] * self.decayed.get(p, 0))
         adamw(
             [weight],
             [p.grad.float()],

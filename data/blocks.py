@@ -1,0 +1,178 @@
+"""From raw text to sequences of token ids, for train.py.
+
+    sequences, counts = load_sequences(tokenizer, model_key, 512, "--data", "ne/train.jsonl")
+
+Documents are concatenated, each ended by the end-of-text token, and cut (Section 4.2, Table 8).
+`datasets` caches each step under a key of text and tokenizer, and memory-maps the result.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
+from jinja2 import TemplateError
+from pyarrow import ArrowException
+
+from variants.files import fail, sha256_of
+
+MADLAD = "allenai/MADLAD-400"  # Section 4.2
+MADLAD_REVISION = "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # not the end of a chat turn
+TODAY = datetime(2025, 1, 1)  # for chat templates that write a date
+
+
+def read_rows(path):
+    """Yield the rows of a .parquet, .jsonl, .jsonl.gz or .txt file. Blank lines are left out."""
+    if path.endswith(".parquet"):
+        for batch in parquet.ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+        return
+    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+    with opened as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            if path.endswith(".txt"):
+                yield {"text": line.decode("utf-8-sig").strip()}
+            else:
+                yield json.loads(line)
+
+
+def read_documents(flag, path, tokenizer):
+    """Yield {"text", "templated"}: raw text as it is, chats of --source-eval in their template."""
+    number = 1
+    try:
+        for row in read_rows(path):
+            chat = row.get("messages") if flag == "--source-eval" else None
+            text = render(chat, tokenizer) if chat else row["text"]
+            if text.encode():  # a lone surrogate raises UnicodeEncodeError
+                yield {"text": text, "templated": bool(chat)}
+            number += 1
+    except (LookupError, TypeError, AttributeError, UnicodeEncodeError, TemplateError) as error:
+        needed = "no usable `text`, nor `messages` that the chat template accepts"
+        fail(f"{flag} {path}: row {number} has {needed} ({error!r}). Correct it or leave it out")
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error, ArrowException) as error:
+        fail(f"{flag} {path}: row {number} is not JSON in UTF-8, or is damaged ({error!r})")
+
+
+def render(chat, tokenizer):
+    """Return a chat in the model's chat template, whose clock stands still."""
+    return tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=TODAY.strftime)
+
+
+def load_documents(flag, data, tokenizer, key):
+    """Return the documents of a local file, or of MADLAD-400 (Section 4.2), as a Dataset."""
+    if not data.startswith("madlad:"):
+        source = {"flag": flag, "path": data, "tokenizer": tokenizer}
+        if next(read_documents(**source), None) is None:
+            fail(f"{flag} {data}: no text in it. Give a file with `text`")
+        features = Features({"text": Value("string"), "templated": Value("bool")})
+        options = {"gen_kwargs": source, "features": features, "fingerprint": key}
+        return Dataset.from_generator(read_documents, **options)
+    lang = data.removeprefix("madlad:")
+    files = f"data/{lang}/{lang}_clean_*.jsonl.gz"
+    options = {"repo_type": "dataset", "revision": MADLAD_REVISION, "allow_patterns": files}
+    try:
+        folder = Path(snapshot_download(MADLAD, **options))
+        paths = sorted(str(path) for path in folder.glob(files))
+        documents = load_dataset("json", data_files=paths, split="train").select_columns("text")
+    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+        fail(f"{flag} {data}: {MADLAD} did not give it ({error}). Check the code and the network")
+    if lang == "ne":  # as the authors do
+        documents = documents.shuffle(seed=42).select(range(min(len(documents), 250_000)))
+    # MADLAD-400 writes a line break as a backslash and an n.
+    return documents.map(lambda row: {"text": row["text"].replace("\\n", "\n"), "templated": False})
+
+
+def tokenize(batch, tokenizer, end_of_text):
+    """Tokenize documents, each ended by the end-of-text token. Count tokens, bytes and words."""
+    ids = []
+    for text, templated in zip(batch["text"], batch["templated"], strict=True):
+        # Raw text is data: a control token quoted in it is spelled out. A template adds its BOS.
+        options = {"add_special_tokens": not templated, "split_special_tokens": not templated}
+        document = tokenizer(text, **options)["input_ids"]
+        ids.append(document if document[-1:] == [end_of_text] else document + [end_of_text])
+    return {
+        "input_ids": ids,
+        "tokens": [len(document) for document in ids],
+        "bytes": [len(text.encode()) for text in batch["text"]],
+        "words": [len(text.split()) for text in batch["text"]],
+    }
+
+
+def cut(batch, seq_len):
+    """Concatenate documents and cut them into sequences. The remainder is dropped."""
+    tokens = np.concatenate(batch["input_ids"])
+    return {"input_ids": tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)}
+
+
+def load_sequences(tokenizer, model_key, seq_len, flag, data):
+    """Return (Dataset of token ids [n, seq_len], counts of the text and its key)."""
+    if data.startswith("madlad:"):
+        source = f"{data}@{MADLAD_REVISION}"
+    elif data.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")) and Path(data).is_file():
+        source = sha256_of([Path(data)])
+    else:
+        fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt")
+    vocabulary = tokenizer.get_vocab()
+    end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
+    key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
+
+    documents = load_documents(flag, data, tokenizer, key)
+    ids = {"input_ids": List(Value("int32"))}
+    numbers = dict.fromkeys(("tokens", "bytes", "words"), Value("int64"))
+    tokens = documents.map(
+        tokenize,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "end_of_text": vocabulary[end_of_text]},
+        remove_columns=documents.column_names,
+        num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
+        features=Features(ids | numbers),
+        new_fingerprint=f"{key}-tokens",
+        desc=f"tokenize {flag}",
+    ).with_format("numpy")
+    counts = {name: int(tokens[name][:].sum()) for name in numbers}
+    if counts["tokens"] < seq_len:
+        fail(f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}")
+    print(
+        f"{flag} {data}: {len(tokens):,} documents, {counts['bytes']:,} bytes, "
+        f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "
+        f"{counts['tokens'] / max(1, counts['words']):.2f} per word; {end_of_text!r} ends each"
+    )
+    sequences = tokens.map(
+        cut,
+        batched=True,
+        batch_size=10_000,
+        fn_kwargs={"seq_len": seq_len},
+        remove_columns=tokens.column_names,
+        features=Features(ids),
+        new_fingerprint=f"{key}-{seq_len}",
+        desc=f"cut {flag}",
+    )
+    return sequences.with_format("torch"), counts | {"documents": len(tokens), "key": key}
+
+
+def batch_indices(step, batch_size, num_sequences, seed):
+    """Return the sequences of step `step` (from 0): a shuffle per epoch, by seed and step alone."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, num_sequences)
+        indices.append(int(epoch_order(num_sequences, seed, epoch)[offset]))
+    return indices
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_sequences, seed, epoch):
+    """Return the order of all sequences in an epoch (from 0)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)

@@ -1,0 +1,318 @@
+"""The files around the loop of train.py: what it reads, and what it keeps in OUT.
+
+OUT/model is an ordinary Hugging Face directory. OUT/checkpoint/step-N is what --resume needs; it
+gets its name when it is complete. torch.distributed.checkpoint writes the trained weights and
+Adam's state as safetensors. Step, settings, scaler and a digest of each file stand beside them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    tqdm.write(f"train.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def sha256_of(paths):
+    """Return the sha256 over names and contents of files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def git_commit():
+    """Return the commit of this code, with -dirty if files changed since, or None."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
+    try:
+        return subprocess.run(command, **options).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
+
+
+def peak_memory(device):
+    """Return the peak bytes of PyTorch's allocator on a GPU, of the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def digest_of(tensors):
+    """Return the sha256 over names and bytes of tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Model and masks
+
+
+def load_skeleton(name):
+    """Return (the model without weights, its tokenizer, the directory of its files)."""
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        fail(f"--model {name}: no such directory. Give a model directory or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        directory = Path(cached_file(name, "config.json")).parent
+    except (OSError, ValueError) as error:  # ValueError: not a causal language model
+        fail(f"--model {name}: {error}. Give a directory or hub id of a causal language model")
+    if getattr(config, "quantization_config", None):
+        fail(f"--model {name}: quantized weights cannot be trained. Give the unquantized model")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"--model {name}: its tokenizer has more tokens than its embeddings have rows")
+    return model, tokenizer, directory
+
+
+def load_model(name, **options):
+    """Return the model. Exit with an error if its files lack a tensor, which would be random."""
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        fail(f"--model {name}: {error}")
+    if info["missing_keys"]:
+        fail(f"--model {name}: files lack {sorted(info['missing_keys'])[:3]}. Download it again")
+    return model
+
+
+def fingerprint(model):
+    """Identify an architecture: sha256 over its sorted "name shape" lines."""
+    lines = sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in model.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def model_key(model, directory):
+    """Identify a model's files: the commit of a hub id, the sha256 of a directory's files."""
+    paths = [path for path in directory.iterdir() if path.is_file()]
+    commit = getattr(model.config, "_commit_hash", None)
+    return commit or sha256_of([path for path in paths if path.suffix not in OTHER_FORMATS])
+
+
+def save_model(model, directory, out, dtype):
+    """Write weights in `dtype`, and every other file of the source byte for byte."""
+    shutil.rmtree(out, ignore_errors=True)
+    model.generation_config = transformers.GenerationConfig()  # the source's is copied below
+    model.to(dtype).save_pretrained(out)
+    for file in directory.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.suffix not in OTHER_FORMATS:
+            shutil.copyfile(file, out / file.name)
+    for file in out.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def maskable(model):
+    """Return the names of all parameters but embeddings and LM head, which are always trained."""
+    always = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            always |= {id(p) for p in module.parameters(recurse=False)}
+    return {name for name, p in model.named_parameters() if id(p) not in always}
+
+
+def load_masks(path, model):
+    """Return {parameter name: uint8 mask}. Exit with an error if they do not fit this model."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            masks = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        fail(f"--mask {path}: cannot be read ({error}). Make it again with make_mask.py")
+    if (about.get("format"), about.get("version")) != ("ssu-mask", "1"):
+        fail(f"--mask {path}: not a mask file of version 1. Make it with make_mask.py")
+    if about.get("tensors_sha256") != digest_of(masks):
+        fail(f"--mask {path}: damaged, its digest does not match. Make it again with make_mask.py")
+    if about.get("fingerprint") != fingerprint(model):
+        fail(f"--mask {path}: made for {about.get('model')}, whose parameters differ")
+    if missing := sorted(maskable(model) - masks.keys()):
+        fail(f"--mask {path}: no mask for {missing[:3]}. Make it again with make_mask.py")
+    params = dict(model.named_parameters())
+    for name, mask in masks.items():
+        fits = name in params and mask.dim() == params[name].dim() and mask.dtype == torch.uint8
+        sizes = zip(mask.shape, params[name].shape, strict=True) if fits else ()
+        if not fits or mask.max() > 1 or any(m not in (1, n) for m, n in sizes):
+            fail(f"--mask {path}: {name} {list(mask.shape)} does not fit. Make it again")
+    return masks
+
+
+# --------------------------------------------------------------------------------------------------
+# OUT: lock and log
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Create OUT and keep other runs from writing there."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        fail(f"--out {out}: another train.py writes there. Wait for it, or choose another one")
+    finally:
+        os.close(lock)
+
+
+def check_out(out, resume):
+    """Exit with an error if OUT holds what this run would overwrite, or lacks what it resumes."""
+    final, log, checkpoint = out / "model", out / "train.jsonl", newest_checkpoint(out)
+    if final.exists() and checkpoint and resume:  # killed while it removed the checkpoint
+        remove_checkpoints(out)
+        print(f"finished before: {final}")
+        raise SystemExit(0)
+    if final.exists():
+        fail(f"--out {out}: holds a finished model. Choose another directory, or delete it")
+    if checkpoint and not resume:
+        fail(f"--out {out}: holds a checkpoint. Add --resume, or delete it to start again")
+    if resume and not checkpoint:
+        fail(f"--resume: {out}/checkpoint holds no checkpoint. Leave --resume out to start")
+    ours = log.exists() and log.open(errors="replace").readline().startswith('{"settings"')
+    if (log.exists() or (out / "model.tmp").exists()) and not ours:
+        fail(f"--out {out}: holds files that train.py did not write. Choose another directory")
+
+
+def start_log(path, header, start):
+    """Begin train.jsonl anew, or keep its readable lines up to step `start`."""
+    lines = [json.dumps(header, default=str)]
+    old = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if start else []
+    for line in old:
+        try:
+            if json.loads(line)["step"] <= start:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # the line that a kill cut off
+            continue
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def append_line(path, values):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def write_atomically(path, text):
+    """Write to a temporary file and rename it, so that the file is never incomplete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# OUT: checkpoints
+
+
+def state_of(model, optimizer):
+    """Return the trained weights, Adam's moments and steps by name, to save or to load in place."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state[f"weight/{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            state[f"{key}/{name}"] = value
+    return state
+
+
+def save_checkpoint(out, step, model, optimizer, scaler, settings):
+    """Write the checkpoint of a step and remove older ones. Exit with an error if not finite."""
+    state = state_of(model, optimizer)
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        fail(f"step {step}: weights are not finite. Lower --lr; what was saved before is intact")
+    temporary, final = (out / f"checkpoint/step-{step}{end}" for end in (".tmp", ""))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
+    about["files"] = tensor_digests(temporary)
+    write_atomically(temporary / "checkpoint.json", json.dumps(about))
+    os.replace(temporary, final)
+    remove_checkpoints(out, keep=final)
+
+
+def load_checkpoint(out, model, optimizer, scaler):
+    """Fill weights and moments in place. Return the number of finished steps."""
+    path = newest_checkpoint(out)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            zeros = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+            optimizer.state[p] = {"step": torch.zeros(())} | moments
+    reader = HuggingFaceStorageReader(str(path))
+    dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=True)
+    about = json.loads((path / "checkpoint.json").read_text())
+    scaler.load_state_dict(about["scaler"])
+    return about["step"]
+
+
+def check_checkpoint(out, settings):
+    """Exit with an error if the checkpoint is damaged or of a run with other settings."""
+    path = newest_checkpoint(out)
+    try:
+        about = json.loads((path / "checkpoint.json").read_text())
+        saved, digests = about["settings"], about["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"--resume: {path} is damaged ({error}). Delete it to start again")
+    if digests != tensor_digests(path):
+        fail(f"--resume: {path} is damaged, its tensors have changed. Delete it to start again")
+    for key in saved | settings:
+        if saved.get(key) != settings.get(key):
+            change = f"{key} was {saved.get(key)}, is {settings.get(key)}"
+            fail(f"--resume: {path} is of another run: {change}. Run as before, or delete it")
+
+
+def tensor_digests(folder):
+    """Return a fast digest of each tensor file, to find damage."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return found
+
+
+def newest_checkpoint(out):
+    """Return the newest complete checkpoint, or None."""
+    found = [path.parent for path in out.glob("checkpoint/step-*[0-9]/checkpoint.json")]
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def remove_checkpoints(out, keep=None):
+    """Remove all checkpoints but one, and the folder if nothing else is in it."""
+    for path in (out / "checkpoint").glob("step-*"):
+        if path != keep:
+            shutil.rmtree(path)
+    if (out / "checkpoint").is_dir() and not any((out / "checkpoint").iterdir()):
+        (out / "checkpoint").rmdir()
