@@ -93,9 +93,7 @@ def parse_args(argv=None):  # noqa: C901
     args = parser.parse_args(argv)
     counts = [args.steps, args.batch_size, args.micro_batch_size, args.seq_len - 1, args.log_every]
     if min(counts) < 1:
-        parser.error(
-            "--steps, --log-every and batch sizes must be at least 1, --seq-len at least 2"
-        )
+        parser.error("--steps, --log-every and batch sizes must be at least 1, --seq-len 2")
     for name in ("lr", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0")
@@ -355,8 +353,8 @@ def train(args, model, masks, sequences, heldout, settings):
 
 def check_fit(args, model, masks):
     """Exit with an error if the model or the masks do not allow what the arguments ask for."""
-    matrices = [m for name, m in masks.items() if m.dim() == 2 and name in files.maskable(model)]
-    if args.compact and any(len(mask) > 1 for mask in matrices):
+    matrices = [masks[name] for name in files.maskable(model) & masks.keys()]
+    if args.compact and any(mask.dim() == 2 and len(mask) > 1 for mask in matrices):
         fail(f"--compact: {args.mask} freezes rows or elements, not columns. Leave --compact out")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
@@ -401,7 +399,11 @@ def run(args):
     # Say what will be done
     total, drawn = sum(p.numel() for p in skeleton.parameters()), args.steps * args.batch_size
     first = sequences[batch_indices(0, 1, len(sequences), args.seed)[0]]["input_ids"]
-    print(f"{args.model}: {total:,} parameters, {args.precision} on {args.device}")
+    frozen = 0.0
+    for name, mask in masks.items():
+        frozen += (mask == 0).float().mean().item() * skeleton.get_parameter(name).numel()
+    print(f"{args.model}: {total:,} parameters, {frozen / total:.1%} of them frozen by the masks")
+    print(f"{args.precision} on {args.device}, seed {args.seed}")
     print(f"first sequence: {tokenizer.decode(first)!r}")
     print(
         f"{args.steps:,} steps x {args.batch_size} sequences x {args.seq_len} tokens = "
