@@ -1,8 +1,11 @@
 """score.py against an independent float64 reference, and what it refuses."""
 
+import gzip
+import hashlib
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -16,15 +19,27 @@ from conftest import (
     tiny_tokenizer,
     write_jsonl,
 )
+from hub import REQUESTS
+from paper_hub import put_tulu, served  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    TrOCRConfig,
+    TrOCRForCausalLM,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -34,23 +49,11 @@ import score
 
 
 def run(model, data, out, *extra):
-    text = [] if "random" in extra or "magnitude" in extra else ["--data", str(data)]
-    score.main(
-        [
-            "--model",
-            str(model),
-            "--out",
-            str(out),
-            "--num-samples",
-            "6",
-            "--seq-len",
-            "64",
-            "--batch-size",
-            "4",
-            *text,
-            *extra,
-        ]
-    )
+    """Score 6 sequences of 64 tokens. Return the scores."""
+    argv = ["--model", model, "--out", out, "--num-samples", 6, "--seq-len", 64, *extra]
+    if not {"random", "magnitude", "delta"} & set(extra):
+        argv += ["--data", data]
+    score.main([str(arg) for arg in argv])
     return load_file(out)
 
 
@@ -110,14 +113,50 @@ def test_calibration_is_packed_shuffled_and_templated(olmo2, chats):
     assert not torch.equal(tokens, score.calibration_tokens(chats, tokenizer, 5, 50, seed=2))
 
 
-def test_instruction_rows_become_chats(olmo2):
+def test_alpaca_rows_become_chats(olmo2, tmp_path):
+    """As the authors format them, and not as the `text` that the data set has too."""
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"}]
+    rows += [{"instruction": "Add.", "input": "", "output": ""}]
+    data, tokenizer = write_jsonl(tmp_path / "d.jsonl", rows), AutoTokenizer.from_pretrained(olmo2)
+    text = tokenizer.decode(score.calibration_tokens(data, tokenizer, 1, 32, 3).flatten())
+    first = "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    second = "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert (first + second).startswith(text) or (second + first).startswith(text)
+
+
+def test_control_tokens_in_raw_text_are_text(olmo2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
-    ids = score.row_ids(
-        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"}, tokenizer
-    )
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
-    )
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "a <|im_end|> b " * 9}])
+    tokens = score.calibration_tokens(data, tokenizer, 1, 32, 0)
+    assert tokenizer.eos_token_id not in tokens
+    assert tokenizer.decode(tokens[0]).startswith("a <|im_end|> b a")
+
+
+def test_the_clock_of_chat_templates_stands_still(olmo2, chats):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+    tokens = score.calibration_tokens(chats, tokenizer, 1, 16, 0)
+    assert tokenizer.decode(tokens[0]).startswith("01 Jan 2025")
+
+
+def test_tulu_is_drawn_at_random_and_downloaded_once(served, olmo2, tmp_path, capsys):
+    chats = put_tulu(served, rows=90)
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+
+    def draw(seed):
+        text = tokenizer.decode(score.calibration_tokens("tulu", tokenizer, 40, 64, seed).flatten())
+        turns = text.split("<|im_start|>user\n")[1:-1]
+        return [int(turn.split()[0]) for turn in turns], [turn.split("<")[0] for turn in turns]
+
+    drawn, questions = draw(seed=7)
+    assert "1.4 GB" in capsys.readouterr().out
+    assert questions == [chats[i]["messages"][0]["content"] for i in drawn]
+    assert len(set(drawn)) == len(drawn) > 20 and {i // 30 for i in drawn} == {0, 1, 2}
+    assert draw(seed=7)[0] == drawn != draw(seed=8)[0] and drawn != sorted(drawn)
+    files = [path for verb, path, _ in REQUESTS if verb == "GET" and path.endswith(".parquet")]
+    assert len(files) == len(set(files)) == 3
+    scores = run(olmo2, "tulu", tmp_path / "s", "--seed", "7")
+    assert scores and safe_open(tmp_path / "s", "pt").metadata()["data"] == "tulu"
 
 
 def test_magnitude_and_random(olmo2, chats, tmp_path):
@@ -153,8 +192,10 @@ def test_sparsegpt_is_the_mean_square_of_the_inputs(kind, chats, tmp_path):
         ), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_fim_equals_a_loop_over_samples_in_float64(kind, chats, tmp_path):
+@pytest.mark.parametrize(
+    "kind,axis,over", [("olmo2", "column", 0), ("llama", "row", 1), ("qwen2", "element", None)]
+)
+def test_fim_equals_a_loop_over_samples_in_float64(kind, axis, over, chats, tmp_path):
     folder = tiny_model(tmp_path / kind, kind)
     tokens = score.calibration_tokens(chats, AutoTokenizer.from_pretrained(folder), 6, 64, 42)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -166,29 +207,23 @@ def test_fim_equals_a_loop_over_samples_in_float64(kind, chats, tmp_path):
             expected[name] = expected.get(name, 0) + p.grad.square() / 6
     del expected["model.embed_tokens.weight"]
     expected.pop("lm_head.weight", None)
-    for axis, over in (("column", 0), ("row", 1), ("element", None)):
-        scores = run(folder, chats, tmp_path / axis, "--method", "fim", "--axis", axis)
-        assert scores.keys() == expected.keys()
-        for name, s in expected.items():
-            s = s.sum(over) if s.dim() == 2 and over is not None else s
-            assert torch.allclose(scores[name].double(), s, rtol=1e-3, atol=1e-6 * s.max()), (
-                axis,
-                name,
-            )
+    scores = run(folder, chats, tmp_path / axis, "--method", "fim", "--axis", axis)
+    assert scores.keys() == expected.keys()
+    for name, s in expected.items():
+        s = s.sum(over) if s.dim() == 2 and over is not None else s
+        assert torch.allclose(scores[name].double(), s, rtol=1e-3, atol=1e-6 * s.max()), name
 
 
-def test_fim_never_holds_two_gradients(olmo2, chats, tmp_path, monkeypatch):
+def test_fim_never_holds_two_gradients(olmo2, monkeypatch):
     """Each gradient is gone before the next one is squared."""
     model = AutoModelForCausalLM.from_pretrained(olmo2)
-    held, along = [], score.along
-    monkeypatch.setattr(
-        score,
-        "along",
-        lambda axis, s: (
-            held.append(sum(p.grad is not None for p in model.parameters())),
-            along(axis, s),
-        )[1],
-    )
+    held, sum_along = [], score.sum_along
+
+    def counted(axis, s):
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        return sum_along(axis, s)
+
+    monkeypatch.setattr(score, "sum_along", counted)
     owners = score.scored_parameters(model)
     score.fisher_scores(model, owners.keys(), torch.randint(0, 400, (2, 16)), "column")
     assert held == [1] * 2 * len(owners)
@@ -207,11 +242,8 @@ def test_rows_and_elements_of_wanda(olmo2, chats, tmp_path):
 
 
 def test_lota_updates_the_weights_that_went_furthest(olmo2, tmp_path):
-    """The mask of --method delta and --freeze lowest is the top of |theta_adapted - theta_source|
-    of each matrix.
-    """
-    adapted = tmp_path / "adapted"
-    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    """The mask is the top of |theta_adapted - theta_source| of each matrix."""
+    adapted, model = tmp_path / "adapted", AutoModelForCausalLM.from_pretrained(olmo2)
     source = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(1)
     with torch.no_grad():
@@ -219,36 +251,10 @@ def test_lota_updates_the_weights_that_went_furthest(olmo2, tmp_path):
             p.add_(0.01 * torch.randn_like(p))
     model.save_pretrained(adapted)
     AutoTokenizer.from_pretrained(olmo2).save_pretrained(adapted)
-    score.main(
-        [
-            "--model",
-            str(olmo2),
-            "--method",
-            "delta",
-            "--axis",
-            "element",
-            "--adapted",
-            str(adapted),
-            "--out",
-            str(tmp_path / "s"),
-        ]
-    )
-    with pytest.raises(SystemExit):  # which end to freeze must be said
-        make_mask.main(
-            ["--scores", str(tmp_path / "s"), "--ratio", "0.9", "--out", str(tmp_path / "m")]
-        )
-    make_mask.main(
-        [
-            "--scores",
-            str(tmp_path / "s"),
-            "--freeze",
-            "lowest",
-            "--ratio",
-            "0.9",
-            "--out",
-            str(tmp_path / "m"),
-        ]
-    )
+    options = ["--method", "delta", "--axis", "element", "--adapted", adapted]
+    run(olmo2, None, tmp_path / "s", *options)
+    argv = ["--scores", tmp_path / "s", "--freeze", "lowest", "--ratio", 0.9]
+    make_mask.main([str(arg) for arg in (*argv, "--out", tmp_path / "m")])
     masks = load_file(tmp_path / "m")
     assert masks.keys() == source.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
     for name, mask in masks.items():
@@ -257,26 +263,25 @@ def test_lota_updates_the_weights_that_went_furthest(olmo2, tmp_path):
         assert set(mask.flatten().nonzero()[:, 0].tolist()) == set(top.tolist()), name
 
 
-def test_metadata_and_batch_size_independence(olmo2, chats, tmp_path):
-    one = run(olmo2, chats, tmp_path / "a.safetensors", "--batch-size", "1")
-    six = run(olmo2, chats, tmp_path / "b.safetensors", "--batch-size", "6")
+def test_equal_runs_give_equal_bytes_with_a_digest(olmo2, chats, tmp_path):
+    one = run(olmo2, chats, tmp_path / "a", "--batch-size", "1")
+    run(olmo2, chats, tmp_path / "b", "--batch-size", "1")
+    six = run(olmo2, chats, tmp_path / "c", "--batch-size", "6")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert all(torch.allclose(one[n], six[n], rtol=1e-5) for n in one)
-    metadata = safe_open(tmp_path / "a.safetensors", "pt").metadata()
-    assert (
-        metadata["format"] == "ssu-scores"
-        and metadata["version"] == "1"
-        and metadata["axis"] == "column"
-    )
-    assert (
-        metadata["num_samples"] == "6"
-        and metadata["num_tokens"] == "384"
-        and len(metadata["fingerprint"]) == 64
-    )
+    metadata = safe_open(tmp_path / "a", "pt").metadata()
+    digest = hashlib.sha256()
+    for name in sorted(one):
+        digest.update(name.encode() + one[name].numpy().tobytes())
+    assert metadata["tensors_sha256"] == digest.hexdigest()
+    about = [metadata[key] for key in ("format", "version", "axis", "num_samples", "num_tokens")]
+    assert about == ["ssu-scores", "1", "column", "6", "384"]
+    assert len(metadata["fingerprint"]) == 64
     assert json.loads(metadata["shapes"])["lm_head.weight"] == [400, 32]
 
 
 def refused(capsys, *argv):
-    """Runs score.py, which must exit with 2, and returns its one line of error."""
+    """Run score.py, which must exit with 2. Return its one line of error."""
     with pytest.raises(SystemExit) as error:
         score.main([str(a) for a in argv])
     assert error.value.code == 2
@@ -285,132 +290,150 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    "make,message",
-    [
-        (
-            lambda f: GPT2LMHeadModel(
-                GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)
-            ).save_pretrained(f),
-            "Conv1D",
-        ),
-        (
-            lambda f: MixtralForCausalLM(
-                MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)
-            ).save_pretrained(f),
-            "MixtralTopKRouter",
-        ),
-    ],
-)
-def test_layouts_that_cannot_be_scored_are_refused_by_name(make, message, chats, tmp_path, capsys):
-    make(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
-    out = tmp_path / "s.safetensors"
-    assert message in refused(capsys, "--model", tmp_path / "m", "--data", chats, "--out", out)
-    assert not out.exists()
+def save(model, folder):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
-def test_quantised_model_is_refused(olmo2, chats, tmp_path, capsys):
+SMALL = dict(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=512)
+BART = dict(d_model=32, decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2)
+REFUSED = {
+    "Conv1D": lambda: GPT2LMHeadModel(GPT2Config(**SMALL)),
+    "MixtralTopKRouter": lambda: MixtralForCausalLM(
+        MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)
+    ),
+    "bert has an encoder": lambda: BertLMHeadModel(BertConfig(vocab_size=400, **SIZES)),
+    "bart has an encoder": lambda: BartForCausalLM(BartConfig(vocab_size=400, **BART)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_layouts_that_cannot_be_scored_are_refused_by_name(message, chats, tmp_path, capsys):
+    folder, out = save(REFUSED[message](), tmp_path / "m"), tmp_path / "s"
+    argv = ["--model", folder, "--data", chats, "--seq-len", 64, "--out", out]
+    assert message in refused(capsys, *argv) and not out.exists()
+
+
+def test_other_vectors_are_ranked_by_their_size(chats, tmp_path):
+    """Apertus has parameters of an activation function, [1], which multiply no input feature."""
+    model = ApertusForCausalLM(ApertusConfig(vocab_size=400, num_key_value_heads=2, **SIZES))
+    scores = run(save(model, tmp_path / "m"), chats, tmp_path / "s")
+    others = [name for name in scores if not name.endswith(".weight")]
+    assert len(others) == 4
+    for name in others:
+        expected = model.get_parameter(name).detach().float().abs() * (6 * 64) ** 0.5
+        assert torch.allclose(scores[name], expected, rtol=1e-2), name
+
+
+def test_a_model_without_sdpa_is_scored(chats, tmp_path):
+    model = GPTJForCausalLM(GPTJConfig(rotary_dim=4, **SMALL))
+    scores = run(save(model, tmp_path / "m"), chats, tmp_path / "s")
+    never = {"transformer.wte.weight", "lm_head.weight", "lm_head.bias"}
+    assert scores.keys() == dict(model.named_parameters()).keys() - never
+
+
+def test_quantized_model_is_refused(olmo2, chats, tmp_path, capsys):
     config = json.loads((olmo2 / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "quantised" in refused(
+    assert "quantized" in refused(
         capsys, "--model", tmp_path, "--data", chats, "--out", tmp_path / "s"
     )
 
 
-@pytest.mark.parametrize(
-    "content,message",
-    [
-        ("", "do not fill one sequence"),
-        ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
-        ('{"body": "a"}\n', "row 1 has neither"),
-        ('{"messages": "hello"}\n', "row 1 has neither"),
-        ('{"messages": [1]}\n', "row 1 has neither"),
-        ('{"instruction": "a"}\n', "row 1 has neither"),
-        ('{"text": "short"}\n', "do not fill one sequence"),
-    ],
-)
-def test_bad_calibration_data(content, message, olmo2, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text(content)
-    assert message in refused(
-        capsys, "--model", olmo2, "--data", data, "--out", tmp_path / "o/s", "--seq-len", 64
+GOOD = b'{"text": "a"}\n'
+BAD_TEXT = {
+    "empty": (b"", "do not fill one sequence"),
+    "short": (b'{"text": "short"}\n', "do not fill one sequence"),
+    "not JSON": (GOOD + b"\nnot json\n", "line 3"),
+    "other columns": (GOOD + b'{"body": "a"}\n', "line 2"),
+    "no text": (b'{"text": 5}\n', "line 1"),
+    "chat as text": (b'{"messages": "hello"}\n', "line 1"),
+    "chat of numbers": (b'{"messages": [1]}\n', "line 1"),
+    "chat of parts": (b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}\n', "line 1"),
+    "no answer": (b'{"instruction": "a"}\n', "line 1"),
+    "surrogate escape": (GOOD + b'{"text": "\\ud83d"}\n', "line 2"),
+    "CESU-8": (GOOD + b'{"text": "\xed\xa0\xbd"}\n', "line 2"),
+    "nested": (GOOD + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 2"),
+    "pretty": (b'{\n  "text": "a"\n}\n', "line 1"),
+    "array": (b'[{"text": "a"}]\n', "line 1"),
+    "tsv": (b"text\tlabel\na\t1\n", "line 1"),
+    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "line 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXT)
+def test_bad_calibration_data(kind, olmo2, tmp_path, capsys):
+    content, message = BAD_TEXT[kind]
+    (tmp_path / "data.jsonl").write_bytes(content)
+    argv = ["--model", olmo2, "--data", tmp_path / "data.jsonl", "--seq-len", 64]
+    line = refused(capsys, *argv, "--out", tmp_path / "o/s")
+    assert message in line and "data.jsonl" in line and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "flipped", "not gzip"])
+def test_damaged_gzip_is_one_line(damage, olmo2, tmp_path, capsys):
+    content = gzip.compress("".join(f'{{"text": "{i}"}}\n' for i in range(3000)).encode())
+    middle = len(content) // 2
+    (tmp_path / "d.jsonl.gz").write_bytes(
+        {
+            "cut off": content[:-20],
+            "flipped": content[:middle] + b"\xff" * 8 + content[middle + 8 :],
+            "not gzip": GOOD,
+        }[damage]
     )
-    assert not (tmp_path / "o").exists()
+    argv = ["--model", olmo2, "--data", tmp_path / "d.jsonl.gz", "--seq-len", 64]
+    assert "d.jsonl.gz: cannot read line" in refused(capsys, *argv, "--out", tmp_path / "s")
 
 
 def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
-    out = tmp_path / "s.safetensors"
-    assert "no such folder" in refused(
-        capsys, "--model", "./nowhere", "--data", chats, "--out", out
-    )
-    assert "no such file" in refused(
-        capsys, "--model", olmo2, "--data", tmp_path / "none.jsonl", "--out", out, "--seq-len", 64
-    )
-    assert "invalid choice" in refused(
-        capsys, "--model", olmo2, "--data", chats, "--out", out, "--method", "best"
-    )
+    out = tmp_path / "s"
+    argv = ["--model", olmo2, "--out", out]
+    calibrated = [*argv, "--data", chats]
+    no_model = ["--model", "./nowhere", "--data", chats, "--out", out]
+    assert "./nowhere" in refused(capsys, *no_model)
+    no_file = [*argv, "--data", tmp_path / "none.jsonl", "--seq-len", 64]
+    assert "none.jsonl" in refused(capsys, *no_file)
+    assert "invalid choice" in refused(capsys, *calibrated, "--method", "best")
     for method in ("wanda", "sparsegpt", "fim"):
-        assert "add --data" in refused(capsys, "--model", olmo2, "--out", out, "--method", method)
-    assert "belong together" in refused(capsys, "--model", olmo2, "--out", out, "--method", "delta")
-    assert "belong together" in refused(
-        capsys, "--model", olmo2, "--out", out, "--data", chats, "--adapted", olmo2
-    )
-    assert "leave out --data" in refused(
-        capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "random"
-    )
-    assert "at least 2 for fim" in refused(
-        capsys, "--model", olmo2, "--out", out, "--data", chats, "--method", "fim", "--seq-len", "1"
-    )
-    delta = ["--model", olmo2, "--out", out, "--method", "delta", "--adapted"]
-    assert "no such folder" in refused(capsys, *delta, "./nowhere")
-    assert "are not those of" in refused(capsys, *delta, llama)
-    assert "all scores are 0" in refused(capsys, *delta, olmo2)
-    assert "has biases" in refused(
-        capsys, "--model", qwen2, "--out", out, "--data", chats, "--method", "sparsegpt"
-    )
-    assert "same score" in refused(
-        capsys,
-        "--model",
-        olmo2,
-        "--out",
-        out,
-        "--data",
-        chats,
-        "--method",
-        "sparsegpt",
-        "--axis",
-        "row",
-    )
-    (tmp_path / "file").write_text("")
-    argv = ["--model", olmo2, "--out", tmp_path / "file/s", "--method", "magnitude"]
-    assert "cannot be written" in refused(capsys, *argv)
-    assert "made for 512 tokens" in refused(capsys, "--model", olmo2, "--out", out, "--data", chats)
+        assert "--data belongs to" in refused(capsys, *argv, "--method", method)
+    assert "--data belongs to" in refused(capsys, *calibrated, "--method", "random")
+    assert "--adapted belongs to" in refused(capsys, *argv, "--method", "delta")
+    assert "--adapted belongs to" in refused(capsys, *calibrated, "--adapted", olmo2)
+    for option, value in (("--seq-len", 1), ("--num-samples", 0), ("--batch-size", -1)):
+        assert "must be at least 1" in refused(capsys, *calibrated, option, value)
+    delta = [*argv, "--method", "delta", "--adapted"]
+    assert "./nowhere" in refused(capsys, *delta, "./nowhere")
+    assert "differ in their parameters" in refused(capsys, *delta, llama)
+    assert "scores are all 0" in refused(capsys, *delta, olmo2)
+    sparsegpt = ["--out", out, "--data", chats, "--method", "sparsegpt"]
+    assert "scores all rows alike" in refused(capsys, "--model", qwen2, *sparsegpt)
+    assert "scores all rows alike" in refused(capsys, *sparsegpt, "--model", olmo2, "--axis", "row")
+    assert "model's 512 positions" in refused(capsys, *calibrated)
     for device in ("gpu", "mps", "cuda:99"):
-        assert "must be cpu or cuda" in refused(
-            capsys, *argv[:3], out, "--method", "magnitude", "--device", device
-        )
+        line = refused(capsys, *argv, "--method", "magnitude", "--device", device)
+        assert "--device: invalid choice" in line
+    (tmp_path / "file").write_text("")
+    magnitude = ["--model", olmo2, "--method", "magnitude", "--out"]
+    assert "cannot be written" in refused(capsys, *magnitude, tmp_path / "file/s")
     assert not out.exists()
 
 
-def test_nothing_is_overwritten_but_scores_and_masks(olmo2, chats, tmp_path, capsys, monkeypatch):
-    """Not the calibration text, the model or the scores, whatever name they are called by."""
+def test_only_scores_are_overwritten(olmo2, chats, tmp_path, capsys, monkeypatch):
+    """Not the calibration text or the model, whatever name they are called by."""
     monkeypatch.chdir(tmp_path)
-    model, data, scores = tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "scores"
+    model, data = tmp_path / "model", tmp_path / "chats.jsonl"
     shutil.copytree(olmo2, model)
     shutil.copy(chats, data)
-    run(olmo2, chats, scores)
-    before = {path: path.read_bytes() for path in (model / "model.safetensors", data, scores)}
-    for out in ("chats.jsonl", "model/model.safetensors"):
-        assert "no file of scores" in refused(
-            capsys, "--model", model, "--data", data, "--seq-len", 32, "--out", out
-        )
-    for out in ("chats.jsonl", "model/model.safetensors", "model/../scores", "."):
-        with pytest.raises(SystemExit) as error:
-            make_mask.main(["--scores", str(scores), "--out", out])
-        assert error.value.code == 2 and "no mask file" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (model / "model.safetensors", data)}
+    argv = ["--model", model, "--data", data, "--seq-len", 32, "--out"]
+    for out in ("chats.jsonl", "model/../chats.jsonl", "model/model.safetensors", ".", "model"):
+        assert "is not a score file" in refused(capsys, *argv, out)
     assert {path: path.read_bytes() for path in before} == before
+    first = run(olmo2, chats, tmp_path / "s", "--method", "random")
+    second = run(olmo2, chats, tmp_path / "s", "--method", "magnitude")
+    assert not torch.equal(first["model.norm.weight"], second["model.norm.weight"])
 
 
 def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
@@ -424,8 +447,8 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
         (tmp_path / "m/config.json").write_text(json.dumps(config))
         return ["--model", tmp_path / "m", *argv]
 
-    assert "its embeddings 100 rows" in refused(capsys, *with_config(vocab_size=100))
-    assert "T5" in refused(capsys, *with_config(model_type="t5"))
+    assert "400 tokens, but 100 embeddings" in refused(capsys, *with_config(vocab_size=100))
+    assert "t5 has an encoder" in refused(capsys, *with_config(model_type="t5"))
     assert "mismatch" in refused(capsys, *with_config(intermediate_size=40))
     with_config()
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
@@ -441,77 +464,73 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
 
 
 def test_full_disk(olmo2, chats, tmp_path):
-    """Scores, then a mask, that no longer fit: one line, exit code 2, the files of before
-    untouched.
-    """
-    scores, mask = tmp_path / "scores", tmp_path / "mask"
-    run(olmo2, chats, scores)
-    make_mask.main(["--scores", str(scores), "--out", str(mask)])
-    before = scores.read_bytes(), mask.read_bytes()
-    for main, argv in (
-        (score.main, ["--model", olmo2, "--method", "magnitude", "--out", scores]),
-        (make_mask.main, ["--scores", scores, "--ratio", "0.25", "--out", mask]),
-    ):
-        pid = forked(main, argv, limit_file_size(1500, tmp_path / "stderr"))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
-        (line,) = [
-            line for line in (tmp_path / "stderr").read_text().splitlines() if "error" in line
-        ]
-        assert "cannot be written" in line
-    assert (scores.read_bytes(), mask.read_bytes()) == before and not list(tmp_path.glob("*.tmp"))
+    """Scores that do not fit: one line, exit code 2, and the old file is untouched."""
+    run(olmo2, chats, tmp_path / "scores")
+    before = (tmp_path / "scores").read_bytes()
+    argv = ["--model", olmo2, "--method", "magnitude", "--out", tmp_path / "scores"]
+    pid = forked(score.main, argv, limit_file_size(1500, tmp_path / "stderr"))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    (line,) = [line for line in lines if "error" in line]
+    assert "cannot be written" in line
+    assert (tmp_path / "scores").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_interrupt_is_one_line(olmo2, tmp_path):
+    """Ctrl-C while score.py waits for text."""
+    os.mkfifo(tmp_path / "text.jsonl")
+    argv = ["--model", olmo2, "--data", tmp_path / "text.jsonl", "--out", tmp_path / "s"]
+    pid = forked(score.main, [*argv, "--seq-len", 64], limit_file_size(2**30, tmp_path / "stderr"))
+    with open(tmp_path / "text.jsonl", "w"):  # waits until score.py reads
+        os.kill(pid, signal.SIGINT)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    assert lines == ["score.py: interrupted"]
 
 
 def test_text_and_parquet_rows(olmo2, tmp_path):
+    """The same tokens from every format, with blank lines and a byte order mark."""
     from datasets import Dataset
 
     rows = [{"text": f"some text number {i} of the file"} for i in range(30)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_text("\n".join(r["text"] for r in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "raw[ne].parquet")
+    (tmp_path / "a.txt").write_text("\n\n".join(r["text"] for r in rows), encoding="utf-8-sig")
     write_jsonl(tmp_path / "a.jsonl", rows)
+    lines = (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\n \n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokens = [
-        score.calibration_tokens(
-            tmp_path / f"a.{kind}", AutoTokenizer.from_pretrained(olmo2), 3, 20, 0
-        )
-        for kind in ("parquet", "txt", "jsonl")
+        score.calibration_tokens(tmp_path / name, tokenizer, 3, 20, 0)
+        for name in ("raw[ne].parquet", "a.txt", "a.jsonl", "a.jsonl.gz")
     ]
-    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[1], tokens[2])
+    assert all(torch.equal(tokens[0], other) for other in tokens[1:])
 
 
-def test_norm_probe_finds_what_the_weight_multiplies():
+def read_norm(norm, x):
+    """Return the sizes of what score.py says that the weight of a norm multiplies."""
+    read, divisor = score.input_reader("n", norm, x)
+    return (read(x, norm(x)) / divisor).abs()
+
+
+def test_what_the_weight_of_a_norm_multiplies():
+    torch.manual_seed(0)
     x = torch.randn(3, 5, 8)
     layer_norm = torch.nn.LayerNorm(8)
     torch.nn.init.normal_(layer_norm.weight)
     torch.nn.init.normal_(layer_norm.bias)
-    expected = (x - x.mean(-1, keepdim=True)) / (
-        x.var(-1, keepdim=True, unbiased=False) + layer_norm.eps
-    ).sqrt()
-    assert torch.allclose(score.norm_probe("n", layer_norm)(x), expected, atol=1e-5)
-    gemma = Gemma2RMSNorm(8)  # its output is (1 + weight) * normalised input
+    variance = x.var(-1, keepdim=True, unbiased=False)
+    expected = (x - x.mean(-1, keepdim=True)).abs() / (variance + layer_norm.eps).sqrt()
+    assert torch.allclose(read_norm(layer_norm, x), expected, atol=1e-5)
+    gemma = Gemma2RMSNorm(8)  # its output is (1 + weight) * normalized input
     torch.nn.init.normal_(gemma.weight)
-    assert torch.allclose(
-        score.norm_probe("n", gemma)(x), reference_rmsnorm(x, gemma.eps), atol=1e-5
-    )
+    expected = reference_rmsnorm(x, gemma.eps).abs()
+    assert torch.allclose(read_norm(gemma, x), expected, atol=1e-5)
     norm = LlamaRMSNorm(8)
-    assert score.norm_probe("n", norm) is None  # its output over its weight will do
+    torch.nn.init.normal_(norm.weight)
+    expected = reference_rmsnorm(x, norm.variance_epsilon).abs()
+    assert torch.allclose(read_norm(norm, x), expected, atol=1e-5)
     norm.weight.data[3] = 0
-    assert torch.allclose(
-        score.norm_probe("n", norm)(x), reference_rmsnorm(x, norm.variance_epsilon), atol=1e-5
-    )
-
-
-def test_a_norm_weight_of_zero_changes_no_score_of_its_norm(llama):
-    """With it the normalised input is computed, without it read off the output: the same for all
-    other weights.
-    """
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    tokens = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
-    # what it reads, the embeddings, does not depend on it
-    name = "model.layers.0.input_layernorm.weight"
-    before = score.input_norms(model, score.scored_parameters(model), tokens, 2)[name]
-    model.get_parameter(name).data[5] = 0
-    assert torch.allclose(
-        score.input_norms(model, score.scored_parameters(model), tokens, 2)[name], before, rtol=1e-5
-    )
+    assert torch.allclose(read_norm(norm, x), expected, atol=1e-5)
 
 
 def test_a_vector_that_is_no_norm_weight_is_refused(capsys):
@@ -524,5 +543,15 @@ def test_a_vector_that_is_no_norm_weight_is_refused(capsys):
             return torch.tanh(self.weight * x)
 
     with pytest.raises(SystemExit):
-        score.norm_probe("layer.scale", Squashed())
-    assert "layer.scale in Squashed: not a norm" in capsys.readouterr().err
+        score.input_reader("layer.weight", Squashed(), torch.randn(2, 8))
+    assert "layer.weight of Squashed cannot be scored" in capsys.readouterr().err
+
+
+def test_layers_that_see_no_token_are_refused(chats, tmp_path, capsys):
+    """TrOCR's cross-attention reads an image, which is not there."""
+    config = dict(d_model=32, decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2)
+    model = TrOCRForCausalLM(TrOCRConfig(vocab_size=400, **config))
+    argv = ["--model", save(model, tmp_path / "m"), "--data", chats, "--seq-len", 64]
+    for method in ("wanda", "fim"):
+        line = refused(capsys, *argv, "--method", method, "--out", tmp_path / "s")
+        assert "encoder_attn" in line and "received no calibration tokens" in line

@@ -1,0 +1,136 @@
+"""From source-language text to packed sequences of token ids, for score.py.
+
+    tokens = calibration_tokens("tulu", tokenizer, 500, 2048, seed=42)
+
+A document is a chat or raw text. Chats are written in the model's chat template. Documents are
+shuffled, concatenated and cut into sequences without padding (Section 4.2 and Table 5).
+"""
+
+import datetime
+import gzip
+import json
+import random
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
+from jinja2 import TemplateError
+from pyarrow import ArrowException
+from pyarrow.parquet import read_table
+from tqdm import tqdm
+from transformers.utils import chat_template_utils
+
+PRESETS = {  # --data: data set, revision, size of the download
+    "tulu": ("allenai/tulu-3-sft-olmo-2-mixture", "main", "1.4 GB"),
+    "alpaca": ("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "24 MB"),
+}
+DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates: scores do not depend on the day
+BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+BAD_FILE = (*BAD_ROW, OSError, EOFError, ArrowException, zlib.error)
+BAD_DOWNLOAD = (*BAD_ROW, OSError, DatasetsError, HTTPError)
+BAD_TEMPLATE = (*BAD_ROW, ArithmeticError, TemplateError)
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    tqdm.write(f"score.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def to_document(row):
+    """Return the chat of a row, a list of turns, or else its raw text. Raise if it has neither."""
+    turns = row.get("messages")
+    if not turns and row.get("instruction") and "output" in row:
+        question, answer = row["instruction"], row["output"]
+        if row.get("input"):
+            question += f"\n\nInput: {row['input']}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    # encode() raises for what is not text, and for half of a surrogate pair.
+    if not turns:
+        row["text"].encode()
+        return row["text"]
+    for turn in turns:
+        turn["role"].encode()
+        turn["content"].encode()
+    return turns
+
+
+def read_documents(path):
+    """Yield the documents of a local file. Skip blank lines; fail at the first bad line."""
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            for row in read_table(path).to_pylist():
+                number += 1
+                yield to_document(row)
+            return
+        open_file = gzip.open if path.suffix == ".gz" else open
+        with open_file(path, "rb") as lines:
+            for line in lines:
+                number += 1
+                line = line.decode("utf-8-sig").strip()
+                if line:
+                    row = {"text": line} if path.suffix == ".txt" else json.loads(line)
+                    yield to_document(row)
+    except BAD_FILE as error:
+        needed = "messages, instruction and output, or text"
+        fail(
+            f"--data {path}: cannot read line {number} ({type(error).__name__}: {error}). "
+            f"Write one JSON object with {needed} per line, in UTF-8"
+        )
+
+
+def load_preset(name, seed):
+    """Yield the documents of a data set of the hub, in an order drawn by seed."""
+    repo, revision, size = PRESETS[name]
+    print(f"loading {repo}: a download of {size}, unless it is in the cache")
+    try:
+        rows = load_dataset(repo, revision=revision, split="train").shuffle(seed=seed)
+        yield from map(to_document, rows)
+    except BAD_DOWNLOAD as error:
+        fail(f"--data {name}: cannot load {repo} ({error}). Check the network and HF_TOKEN")
+
+
+def tokenize(document, tokenizer):
+    """Return the token ids of a chat in the model's template, or of raw text and its end."""
+    if isinstance(document, str):
+        if tokenizer.eos_token_id is None:
+            fail("the tokenizer has no end-of-text token for raw text. Set eos_token or give chats")
+        # Raw text is data: <|endoftext|> in it is a quotation, not a control token.
+        ids = tokenizer(document, split_special_tokens=True)["input_ids"]
+        return ids + [tokenizer.eos_token_id]
+
+    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)
+    try:
+        text = tokenizer.apply_chat_template(document, tokenize=False)
+    except BAD_TEMPLATE as error:
+        fail(f"the chat template refuses {str(document)[:200]} ({error}). Remove such chats")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+
+
+def calibration_tokens(data, tokenizer, num_samples, seq_len, seed):
+    """Pack text, in an order drawn by seed, into int64 tokens [samples, seq_len].
+
+    data is a preset or a file. There are fewer than num_samples if the text is too short.
+    """
+    if data in PRESETS:
+        documents = load_preset(data, seed)
+    else:
+        documents = list(read_documents(Path(data)))
+        random.Random(seed).shuffle(documents)
+
+    ids = []
+    for document in tqdm(documents, desc="tokenize", unit="document"):
+        ids += tokenize(document, tokenizer)
+        if len(ids) >= num_samples * seq_len:
+            break
+    samples = min(num_samples, len(ids) // seq_len)
+    if samples == 0:
+        fail(f"--data {data}: {len(ids)} tokens do not fill one sequence. Give more text")
+    return torch.tensor(ids[: samples * seq_len]).view(samples, seq_len)
