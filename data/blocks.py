@@ -29,6 +29,14 @@ from variants.files import fail, sha256_of
 MADLAD = "allenai/MADLAD-400"  # Section 4.2
 MADLAD_REVISION = "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # not the end of a chat turn
+BAD_ROW = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    UnicodeEncodeError,
+    TemplateError,
+)
 TODAY = datetime(2025, 1, 1)  # for chat templates that write a date
 
 
@@ -59,7 +67,7 @@ def read_documents(flag, path, tokenizer):
             if text.encode():  # a lone surrogate raises UnicodeEncodeError
                 yield {"text": text, "templated": bool(chat)}
             number += 1
-    except (LookupError, TypeError, AttributeError, UnicodeEncodeError, TemplateError) as error:
+    except BAD_ROW as error:
         needed = "no usable `text`, nor `messages` that the chat template accepts"
         fail(f"{flag} {path}: row {number} has {needed} ({error!r}). Correct it or leave it out")
     except (ValueError, RecursionError, OSError, EOFError, zlib.error, ArrowException) as error:

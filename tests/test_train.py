@@ -559,6 +559,13 @@ def test_control_tokens_quoted_in_raw_text_are_spelled_out_and_chats_are_templat
     assert tokens[0] == 1
 
 
+def test_held_out_chats_do_not_depend_on_the_day(olmo2, chats, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }} "
+    sequences, _ = load_sequences(tokenizer, "y", 32, "--source-eval", str(chats))
+    assert tokenizer.decode(sequences[0]["input_ids"]).startswith("2025-01-01 ")
+
+
 def test_data_order_is_a_shuffle_that_depends_on_seed_and_step_alone():
     drawn = [i for step in range(10) for i in batch_indices(step, 4, 20, 1)]
     assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20))
