@@ -14,6 +14,7 @@ import zlib
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -23,6 +24,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 from pyarrow import ArrowException
+from transformers.utils import chat_template_utils
 
 from variants.files import fail, sha256_of
 
@@ -76,7 +78,8 @@ def read_documents(flag, path, tokenizer):
 
 def render(chat, tokenizer):
     """Return a chat in the model's chat template, whose clock stands still."""
-    return tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=TODAY.strftime)
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)
+    return tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def load_documents(flag, data, tokenizer, key):
