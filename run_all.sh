@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh ne [--dry-run]            ne is Nepali: any code of data/languages.json
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
+#
 # Finished stages are skipped, interrupted stages resume, and stages whose inputs changed are run
 # again. --dry-run says what a run needs. Variables of the environment, with their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt
@@ -16,27 +17,30 @@
 set -eEuo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
+. tools/driver.sh  # what the recipe needs: choose_profile, read_lists, require, run, stage
+[[ $# = 1 || "$# ${2:-}" = "2 --dry-run" ]] || fail "usage: bash run_all.sh LANG [--dry-run]"
 
-# The functions run and stage; then the language, the profile, and whether every value makes sense.
-. tools/stage.sh
-. tools/settings.sh
-run=$RUNS/$lang
+# The profile, its values, yours. Bad ones are refused before anything is installed or written.
+lang=$1; choose_profile
+. "data/$PROFILE.sh"
+: "${SEED:=42}" "${COMPACT:=0}" "${FLASH_ATTN:=0}" "${FLORES:=ungated}" "${LANGUAGE_ID:=glotlid}"
+read_lists  # methods, ratios and tasks are arrays from here on
+plan=(tools/plan.py --model "$MODEL" --lang "$lang" --profile "$PROFILE" --data-dir "$DATA_DIR"
+    --runs "$RUNS" --methods "${methods[@]}" --ratios "${ratios[@]}" --tasks "${tasks[@]}"
+    --steps "$STEPS" --precision "$PRECISION" --compact "$COMPACT" --calibration "$CALIBRATION"
+    --num-samples "$NUM_SAMPLES" --seed "$SEED" --flores "$FLORES" --language-id "$LANGUAGE_ID"
+    "${batch[@]}")
+"${PYTHON:-python3}" "${plan[@]}" --check || exit
 echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION"
-. ./setup.sh requirements.txt data/requirements.txt
 
-# What does the run need, and does it fit here? Then the packages that only some methods need.
-if [ "$PROFILE" = paper ]; then
-    run python tools/plan.py --model "$MODEL" --lang "$lang" --data-dir "$DATA_DIR" --runs "$RUNS" \
-        --methods "${methods[@]}" --ratios "${ratios[@]}" --steps "$STEPS" --tasks "${tasks[@]}" \
-        --precision "$PRECISION" --compact "$COMPACT" --calibration "$CALIBRATION" \
-        --flores "$FLORES" --language-id "$LANGUAGE_ID"
-elif [ -n "$dry_run" ]; then
-    echo "The default model takes 5.6 GB of memory and 0.6 GB of disk for each model that it trains"
-fi
-if [ -n "$dry_run" ]; then exit; fi
-install_optional "${methods[*]}" "${tasks[*]}"
+# Packages. Then what the run needs, and whether it fits here.
+. ./setup.sh requirements.txt data/requirements.txt
+run python "${plan[@]}"
+if [ "${2:-}" = --dry-run ]; then exit; fi
+install_for "${methods[@]}" "${tasks[@]}"
 
 # One run at a time in a folder. Its stages hold the lock too.
+run=$RUNS/$lang
 mkdir -p "$run"; exec 9> "$run/.lock"
 flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 
@@ -44,34 +48,33 @@ flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
     stage data/embedded/provenance.json data/udhr.jsonl data/requirements.txt -- \
         python data/prepare_embedded.py
-elif [ "$PROFILE" = paper ] && ! all_there "${needed[@]}"; then
+elif [ "$PROFILE" = paper ]; then
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
 fi
-all_there "${needed[@]}" || fail "$missing is missing or empty: see data/README.md"
-if [ -d "$MODEL" ]; then model_sha256=$(model_files | xargs -0 cat | sha256sum); fi
+require "${texts[@]}" "${score_inputs[@]}"
+[ ! -d "$MODEL" ] || model_sha256=$(folder_sha256 "$MODEL")
 
-
+train=(python train.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --precision "$PRECISION"
+    "${train_options[@]}")
 score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source language
     scores=$run/scores-$1.safetensors; [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
     stage "$scores" "${score_inputs[@]}" -- python score.py --model "$MODEL" --out "$scores" \
         --method "$1" --axis "$2" --seed "$SEED" "${@:3}"
 }
 evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language and lost in English
-    local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR")
+    local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR" --dtype "$dtype")
     local inputs=("${@:3}" "$en"/*.jsonl "$target"/*.jsonl)
     [ -z "$evaluate_tasks" ] || stage "$2/eval.json" "${inputs[@]}" -- python evaluate.py \
-        "${shared[@]}" "${evaluate_options[@]}" --out "$2/eval.json"
+        "${shared[@]}" --tasks "${evaluate_tasks#,}" "${evaluate_options[@]}" --out "$2/eval.json"
     [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" -- python tools/chat_eval.py \
-        "${shared[@]}" "${chat_options[@]}" --out "$2/chat.json"
+        "${shared[@]}" --tasks "${chat_tasks#,}" --language-id "$LANGUAGE_ID" --out "$2/chat.json"
 }
 adapt() {  # METHOD RATIO: a static method is a mask file, the others are options of train.py
-    local out=$run/$1 ratio=$2 freeze=highest scores= mask=() inputs=()
-    local train=(python train.py --model "$MODEL" --seed "$SEED" "${train_options[@]}")
-    local options=(--steps "$STEPS" --precision "$PRECISION" "${save_every[@]}")
+    local out=$run/$1 ratio=$2 freeze=highest scores= mask=() inputs=() options=()
     [ "$2" = 0.5 ] || out=$run/$1@$2
     case $1 in
         fft) ;;
-        adalora) options=(--steps "$STEPS" --precision "${PRECISION%-true}" --adalora) ;;
+        adalora) options=(--adalora --precision "${PRECISION%-true}" --save-every 0) ;;
         gmt) options+=(--gmt-ratio "$2" --micro-batch-size "$accumulated_micro_batch") ;;
         hft) mask=(--method hft --model "$MODEL" --ratio "$2" --seed "$SEED") ;;
         s2ft-*) mask=(--method "$1" --model "$MODEL" --seed "$SEED") ;;
@@ -81,8 +84,7 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
         ssu-*) score "${1#ssu-}" column "${calibration[@]}" ;;
         lota*)  # 100 steps of full fine-tuning choose the weights, those that move most
             local tuned=$run/lota-calibration score_inputs=("$run/lota-calibration/model.made-by")
-            stage "$tuned/model" "${texts[@]}" -- "${train[@]}" --out "$tuned" \
-                "${options[@]}" --steps 100
+            stage "$tuned/model" "${texts[@]}" -- "${train[@]}" --out "$tuned" --steps 100
             score delta element --adapted "$tuned/model"
             freeze=lowest; [ "$1" = lota ] || ratio=0.${1#lota-} ;;
     esac
@@ -95,11 +97,9 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
     fi
     stage "$out/model" "${texts[@]}" "${inputs[@]}" -- "${train[@]}" --out "$out" "${options[@]}"
     evaluate "$out/model" "$out" "$out/model.made-by"
-    names+=("${out##*/}")
 }
 
 # The recipe: evaluate the source model, adapt it by each method and ratio, and report.
-names=()
 evaluate "$MODEL" "$run/source"
 for method in "${methods[@]}"; do
     case $method in
@@ -107,4 +107,4 @@ for method in "${methods[@]}"; do
         *) for ratio in "${ratios[@]}"; do adapt "$method" "$ratio"; done ;;
     esac
 done
-run python tools/report.py "$run" --methods "${names[@]}"
+run python tools/report.py "$run"

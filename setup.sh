@@ -16,6 +16,18 @@ install() {  # PACKAGE...: install with pip, quietly
 optional() {  # PACKAGE CHECK: install what only some methods and tasks need, if CHECK fails
     python -c "$2" 2>/dev/null || install "$1"
 }
+install_for() {  # NAME...: install what only some methods and tasks of run_all.sh need
+    local name
+    for name in "$@"; do
+        case $name in
+            adalora) optional peft==0.21.2 "import peft; assert peft.__version__ == '0.21.2'" ;;
+            codemix) [ "$LANGUAGE_ID" = script ] ||
+                optional fasttext-numpy2==0.10.4 "import fasttext" ;;
+            ifeval|gsm8k) optional "lm-eval[hf,ifeval]==0.4.13" \
+                "import lm_eval.models.huggingface, nltk, langdetect, immutabledict" ;;
+        esac
+    done
+}
 
 for requirements in "$@"; do
     stamp=$VIRTUAL_ENV/.installed-${requirements//\//-}

@@ -13,7 +13,8 @@
 
 Each data set is read at its present commit, the ungated FLORES+ at a pinned one. provenance.json of
 each language records them. The hub's cache keeps what was fetched, so nothing is downloaded twice.
-Files of others are never overwritten. tools/plan.py says what a whole run downloads.
+A language that is complete stays as it is, and the hub is not asked. Files of others are never
+overwritten. tools/plan.py says what a whole run downloads.
 """
 
 import argparse
@@ -216,8 +217,8 @@ def write_files(folder, files, commits):
         write_text(folder / name, text)
 
 
-def is_whole(folder):
-    """Return whether a folder holds all files that its provenance.json lists, unchanged."""
+def is_complete(folder, flores):
+    """Return whether all files of a language are there, unchanged, with the FLORES+ asked for."""
     listing = folder / "provenance.json"
     if not listing.exists():
         return False
@@ -227,6 +228,8 @@ def is_whole(folder):
             if not path.exists():
                 return False
             if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+                return False
+            if name.startswith("flores") and not facts["from"].startswith(FLORES[flores][0]):
                 return False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{listing} is damaged ({error!r}). Delete {folder} to fetch it again")
@@ -244,11 +247,17 @@ def check_folders(out, languages):
 
 
 def prepare(args):
-    """Fetch and write all languages; English, which all are compared on, only once."""
-    from transformers import AutoTokenizer
-
+    """Fetch and write English, which all are compared on, and the target languages."""
     languages = ["en", *(lang for lang in args.lang if lang != "en")]
     check_folders(args.out, languages)
+    for lang in list(languages):
+        if is_complete(args.out / lang, args.flores):
+            print(f"{args.out / lang} is complete and stays as it is. Delete it to fetch it again")
+            languages.remove(lang)
+    if not languages:
+        return
+    from transformers import AutoTokenizer
+
     # Access to everything is checked before anything large is fetched.
     revisions = repositories(args.flores)
     commits = {repo: commit_of(repo, revision) for repo, revision in revisions.items()}
@@ -258,11 +267,8 @@ def prepare(args):
         fail(f"--model {args.model}: {error}")
     load = reader(commits)
     for lang in languages:
-        folder = args.out / lang
-        if lang == "en" and is_whole(folder):
-            print(f"{folder} is complete and stays as it is. Delete it to fetch English again")
-            continue
-        write_files(folder, files_of(load, lang, args.flores, tokenizer), commits)
+        files = files_of(load, lang, args.flores, tokenizer)
+        write_files(args.out / lang, files, commits)
     print(f"wrote {', '.join(str(args.out / lang) for lang in languages)}")
     print(
         f"next: python evaluate.py --model {args.model} --lang {args.lang[0]} "
@@ -290,7 +296,7 @@ def main(argv=None):
     except OSError as error:  # a full disk, a directory that cannot be written
         fail(error)
     except KeyboardInterrupt:
-        print("prepare_paper.py: interrupted. Run it again to go on", file=sys.stderr)
+        print("prepare_paper.py: interrupted. Run it again to resume", file=sys.stderr)
         raise SystemExit(130) from None
 
 

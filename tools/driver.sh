@@ -1,0 +1,119 @@
+# Sourced by run_all.sh, so that the recipe there stays a straight line: how it chooses a profile,
+# runs a command, makes an output only once, and ends on an error or a signal.
+fail() {
+    echo "run_all.sh: error: $*" >&2
+    exit 2
+}
+trap 'code=$? line=$LINENO
+    echo "run_all.sh: error: line $line of ${BASH_SOURCE[0]} ended with $code" >&2
+    exit "$code"' ERR
+
+child=
+stop() {  # SIGNAL CODE: end the command that runs, then the script
+    trap '' INT TERM HUP
+    if [ -n "$child" ]; then
+        kill -- "-$child" 2>/dev/null || :
+        wait "$child" || :
+    fi
+    echo >&2  # below a progress bar
+    echo "run_all.sh: stopped by $1. The same command resumes" >&2
+    exit "$2"
+}
+trap 'stop SIGINT 130' INT
+trap 'stop SIGTERM 143' TERM
+trap 'stop SIGHUP 129' HUP
+
+choose_profile() {  # set PROFILE, if it is not, and $why
+    local gpu hub=${HF_ENDPOINT:-https://huggingface.co}
+    local ask=(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits)
+    gpu=$("${ask[@]}" 2>/dev/null | head -1) || :
+    if [ -n "${PROFILE:-}" ]; then
+        why="as asked"
+    elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then
+        PROFILE=embedded why="MODEL or DATA_DIR is given"
+    elif ! [[ $gpu =~ ^[0-9]{6,}$ ]]; then  # MiB
+        PROFILE=embedded why="no GPU has the 100 GB that full training of a 7B model takes"
+    elif ! "${PYTHON:-python3}" -c "import sys, urllib.request
+urllib.request.urlopen(sys.argv[1], timeout=9)" "$hub" 2>/dev/null; then
+        PROFILE=embedded why="the hub does not answer"
+    else
+        PROFILE=paper why="the GPU has $gpu MiB, and the hub answers"
+    fi
+    [ -f "data/$PROFILE.sh" ] || fail "PROFILE=$PROFILE: choose embedded or paper"
+}
+
+read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
+    read -ra methods <<< "${METHODS:-fft ssu-wanda}"
+    read -ra ratios <<< "${RATIOS:-0.5}"
+    read -ra tasks <<< "${TASKS//,/ }"
+    evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
+    local task
+    for task in "${tasks[@]}"; do
+        case $task in
+            ifeval|gsm8k|ae2|codemix) chat_tasks+=,$task ;;
+            *) evaluate_tasks+=,$task ;;
+        esac
+    done
+    case $PRECISION in bf16*) dtype=bfloat16 ;; esac
+    case $CALIBRATION in tulu|alpaca) ;; *) score_inputs=("$CALIBRATION") ;; esac
+}
+
+folder_sha256() {  # FOLDER: the digest of all files in it
+    find "$1" -maxdepth 1 -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
+}
+
+require() {  # FILE...: fail unless all are there and not empty
+    local file
+    for file in "$@"; do
+        [ -s "$file" ] || fail "$file is missing or empty. See data/README.md"
+    done
+}
+
+run() {  # COMMAND...: run it in a process group of its own, so that a signal ends all of it
+    local code=0
+    echo "+ $*"
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    wait "$child" || code=$?
+    child=
+    if [ "$code" != 0 ]; then
+        echo "run_all.sh: error: $1 $2 ended with $code" >&2
+        exit "$code"
+    fi
+}
+
+# stage OUTPUT INPUT... -- COMMAND...: make OUTPUT, unless the same command made it from the same
+# inputs. A stamp beside OUTPUT, written before the command starts, says which those were.
+stage() {
+    local output=$1 stamp=$1.made-by checkpoint=${1%/model}/checkpoint key complete inputs=()
+    shift
+    while [ "$1" != -- ]; do
+        inputs+=("$1")
+        shift
+    done
+    shift
+    key=$({ printf '%s\n' "$@" "${model_sha256:-}"
+        cat "$2" requirements.txt "${inputs[@]}"; } | sha256sum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+        if [ -e "$output" ] || [ -e "$checkpoint" ]; then
+            # Only what has a stamp is deleted, and in the paper profile, where it may have taken
+            # days, not even that.
+            [ -e "$stamp" ] || fail "run_all.sh did not make $output. Move it away, or set RUNS"
+            [ "$PROFILE" = embedded ] ||
+                fail "$output was made with other settings or inputs. Set RUNS, or delete it"
+        fi
+        rm -rf "$output" "$checkpoint"
+        mkdir -p "$(dirname "$output")"
+        echo "$key" > "$stamp"
+    fi
+    if [ -e "$output" ]; then
+        echo "done before: $output"
+        return
+    fi
+    complete=$(find "$checkpoint" -path '*[0-9]/checkpoint.json' 2>/dev/null) || :
+    if [ -n "$complete" ]; then set -- "$@" --resume; fi
+    run "$@"
+    [ -e "$output" ] || fail "$1 $2 did not make $output"
+}
