@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -49,7 +50,9 @@ from data.calibration import calibration_tokens
 CALIBRATED = ["wanda", "sparsegpt", "fim"]  # methods that read calibration text
 METHODS = [*CALIBRATED, "magnitude", "random", "delta"]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# What transformers raises for files that are missing, damaged, or of another kind of model.
 BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
+BAD_MODEL += (ArithmeticError, SafetensorError, StrictDataclassError)
 
 
 def fail(message):
@@ -99,8 +102,7 @@ def read_format(path):
         return None
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
+# Model --------------------------------------------------------------------------------------------
 
 
 def load_skeleton(model):
@@ -127,7 +129,7 @@ def load_model(model, device, dtype):
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
-    except (*BAD_MODEL, SafetensorError) as error:
+    except BAD_MODEL as error:
         fail(f"model {model} cannot be loaded: {error}")
     if info["missing_keys"]:
         fail(f"model {model}: its files lack {sorted(info['missing_keys'])[:3]}. Load it again")
@@ -159,8 +161,7 @@ def scored_parameters(model):
     return owners
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistic of the inputs
+# Statistic of the inputs --------------------------------------------------------------------------
 
 
 def input_reader(name, module, x):
@@ -222,8 +223,7 @@ def input_norms(model, owners, tokens, batch_size):
     return norms
 
 
-# --------------------------------------------------------------------------------------------------
-# Scores
+# Scores -------------------------------------------------------------------------------------------
 
 
 def element_scores(method, weight, x_norm, num_tokens, adapted):
@@ -354,10 +354,8 @@ def run(args):
     tokens = torch.empty(0, 0)
     if args.method in CALIBRATED:
         tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
-        print(f"calibration: {len(tokens)} sequences x {args.seq_len} = {tokens.numel():,} tokens")
-        if len(tokens) < args.num_samples:
-            print(f"(requested {args.num_samples}; the data contain only {len(tokens)})")
-        print(f"the first sequence begins: {tokenizer.decode(tokens[0, :48])!r}")
+        print(f"{len(tokens)} of {args.num_samples} requested sequences, {tokens.numel():,} tokens")
+        print(f"the first one begins: {tokenizer.decode(tokens[0, :48])!r}")
 
     # Score.
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +364,9 @@ def run(args):
     scores = compute_scores(args, skeleton, owners, tokens)
     missing = sorted(owners.keys() - scores.keys())
     if missing:
-        fail(f"{missing[:3]} received no calibration tokens. For experts, increase --num-samples")
+        fail(
+            f"{missing[:3]} received no calibration tokens. If they are experts, add --num-samples"
+        )
     scores = {name: score.contiguous().cpu() for name, score in scores.items()}
     if not 0 < sum(score.double().sum().item() for score in scores.values()) < float("inf"):
         fail("the scores are all 0, or not finite. Check the weights, --adapted and --dtype")

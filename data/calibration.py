@@ -63,26 +63,25 @@ def to_document(row):
 
 def read_documents(path):
     """Yield the documents of a local file. Skip blank lines; fail at the first bad line."""
-    number = 0
+    number = 1
     try:
         if path.suffix == ".parquet":
             for row in read_table(path).to_pylist():
-                number += 1
                 yield to_document(row)
+                number += 1
             return
         open_file = gzip.open if path.suffix == ".gz" else open
         with open_file(path, "rb") as lines:
             for line in lines:
-                number += 1
                 line = line.decode("utf-8-sig").strip()
                 if line:
                     row = {"text": line} if path.suffix == ".txt" else json.loads(line)
                     yield to_document(row)
+                number += 1
     except BAD_FILE as error:
-        needed = "messages, instruction and output, or text"
         fail(
-            f"--data {path}: cannot read line {number} ({type(error).__name__}: {error}). "
-            f"Write one JSON object with {needed} per line, in UTF-8"
+            f"--data {path}: cannot read line {number} ({type(error).__name__}: {error}). Write "
+            "one JSON object per line in UTF-8, with messages, instruction and output, or text"
         )
 
 

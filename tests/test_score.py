@@ -450,6 +450,8 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
     assert "400 tokens, but 100 embeddings" in refused(capsys, *with_config(vocab_size=100))
     assert "t5 has an encoder" in refused(capsys, *with_config(model_type="t5"))
     assert "mismatch" in refused(capsys, *with_config(intermediate_size=40))
+    assert "hidden_size" in refused(capsys, *with_config(hidden_size="a"))
+    assert "modulo by zero" in refused(capsys, *with_config(num_attention_heads=0))
     with_config()
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
