@@ -188,13 +188,14 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
         "ssu-wanda/train.jsonl",
         "ssu-wanda/eval.json",
         "source/eval.json",
+        "source/chat.json",
     ):
         assert (run / name).is_file(), name
     assert "SSU-Wanda" in done.stdout and "SSU-Wanda" in (run / "report.md").read_text()
     assert json.loads((run / "ssu-wanda/eval.json").read_text())["format"] == "ssu-eval"
 
     again = run_all("ne", python=quick, **settings)
-    assert again.returncode == 0 and again.stdout.count("done before:") == 5
+    assert again.returncode == 0 and again.stdout.count("done before:") == 7
     started = re.findall(r"^\+ python (\S+)", again.stdout, re.MULTILINE)
     assert started == ["tools/plan.py", "tools/report.py"]
 
