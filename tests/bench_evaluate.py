@@ -22,61 +22,54 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 
-def read(folder):
-    """Return MMLU's rows; where the dev split is short, each subject's first five are examples."""
-    columns = evaluate.COLUMNS["mmlu.test"]
-    rows = evaluate.read_rows(str(folder / "en/mmlu.test.jsonl"), columns)
-    dev, test = [], []
-    for some in evaluate.group(rows, lambda row: row["subject"]).values():
-        dev += some[:5]
-        test += some[5:]
-    data = {"source/mmlu.dev": dev, "source/mmlu.test": test}
-    return data | {"target/mmlu.dev": dev, "target/mmlu.test": test}
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(ROOT / "data/embedded/model"))
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data/embedded")
-    parser.add_argument("--questions", default="60")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default=str(ROOT / "data/embedded/model"), help="directory")
+    parser.add_argument("--data-dir", default=str(ROOT / "data/embedded"), help="with en/ and ne/")
+    parser.add_argument("--questions", default="60", help="questions to score")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, one ratio each")
     bench = parser.parse_args()
-    argv = ["--model", bench.model, "--lang", "ne", "--data-dir", str(bench.data_dir)]
+
+    # The items of evaluate.py.
+    argv = ["--model", bench.model, "--lang", "ne", "--data-dir", bench.data_dir]
     argv += ["--out", tempfile.mktemp(), "--tasks", "mmlu", "--num-questions", bench.questions]
     args = evaluate.parse_args([*argv, "--dtype", "float32"])
-    evaluate.choose_device(args)
     folder, _ = evaluate.find_model(args.model)
     config, tokenizer = evaluate.load_tokenizer(folder)
+    args.context, args.files = config.get_text_config().max_position_embeddings, []
     model, *_ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
-    ways = evaluate.try_batches(model, config, args.context)
-    items = evaluate.items_mmlu(read(bench.data_dir), tokenizer, args)
+    if not evaluate.can_batch(model, config, args.context):
+        parser.exit(message="There is nothing to compare\n")
+    items = evaluate.make_items(args, tokenizer).values()
     items = [item for item in items if item[0]["side"] == "source"]
-    together = evaluate.divide("mmlu", items, ways, args)
+    together = [batch for _, batch in evaluate.make_batches(items, args)]
 
     def score(batches):
         """Return {id: log-likelihoods of the letters} and the seconds it took."""
         start, found = time.perf_counter(), {}
         for batch in batches:
-            rows = evaluate.score_rows(model, batch, ways)
+            rows = evaluate.answer(model, batch, args, [])
             for (saved, _, _), row in zip(batch, rows, strict=True):
                 found[saved["id"]] = row
         return found, time.perf_counter() - start
 
+    # Rounds of both, after one batch to warm up.
     score(together[:1])
     ratios = []
     for _ in tqdm(range(bench.rounds), unit="round"):
         batched, fast = score(together)
         single, slow = score([[item] for item in items])
         ratios.append(slow / fast)
+
     differ, apart = 0, 0.0
     for name, row in single.items():
         other = batched[name]
         differ += row.index(max(row)) != other.index(max(other))
         apart = max(apart, *(abs(a - b) for a, b in zip(row, other, strict=True)))
     print(f"{len(items)} questions in {len(together)} batches, {args.device}, float32")
-    print(f"{torch.get_num_threads()} threads, ways {ways}")
+    print(f"{torch.get_num_threads()} threads")
     print(f"answers that differ: {differ}; largest difference {apart:.1e} nats")
     print(f"single / batched: median {statistics.median(ratios):.1f} of {ratios}")
 

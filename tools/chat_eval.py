@@ -1,5 +1,6 @@
 """Measure chat abilities in English: the benchmarks of Section 4.5 that need more than evaluate.py.
 
+    chat           fixed prompts: does the model stop, repeat itself, answer in English?
     ifeval, gsm8k  by lm-evaluation-harness, with its own prompts, stops and metrics
     ae2            answers to AlpacaEval's instructions, as files that alpaca_eval judges
     codemix        the fraction of these answers that GlotLID does not hold for English (footnote 9)
@@ -7,23 +8,26 @@
     python tools/chat_eval.py --model runs/ne/ssu-wanda/model --lang ne --data-dir data/paper \
         --tasks ifeval,gsm8k,ae2,codemix --out runs/ne/ssu-wanda/chat.json
 
-Decoding is that of Table 9. Every finished item goes to chat.items.jsonl beside chat.json. The same
-command continues from there.
+Decoding is that of Table 9, and greedy in `chat`. Every finished item goes to chat.items.jsonl
+beside chat.json. The same command continues from there.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import statistics
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-from evaluate import CHAT_SAMPLING, GREEDY, encode, generate, render, write_atomically
+from evaluate import GREEDY, SAMPLING, write_atomically
 
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
 LATIN = ("ha", "ig")  # languages in the script of English
@@ -32,8 +36,17 @@ HARNESS = {
     "ifeval": ("leaderboard_ifeval", 0, "prompt_level_strict_acc", "none"),
     "gsm8k": ("gsm8k", 5, "exact_match", "strict-match"),
 }
-TASKS = ("ifeval", "gsm8k", "ae2", "codemix")
-NEW_TOKENS = 512  # Table 9, AE2
+TASKS = ("chat", "ifeval", "gsm8k", "ae2", "codemix")
+CHAT_SAMPLING = SAMPLING | {"top_p": 0.8}  # Table 9: AE2, IFEval, GSM8K
+NEW_TOKENS = {"ae2": 512, "chat": 128}  # Table 9 for AE2
+CHAT_PROMPTS = (
+    "Why do leaves change colour in autumn? Answer in two or three sentences.",
+    "What is the capital of France? Answer in one sentence.",
+    "How do I make a cup of tea?",
+    "Write a short, polite message asking a neighbour to turn the music down.",
+    "I could not sleep last night. What can I do this evening?",
+    "Name three things to pack for a day in the mountains, and say why.",
+)
 
 
 def fail(message):
@@ -57,19 +70,19 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="directory of a checkpoint, or hub id")
     add("--lang", required=True, help="code of the target language, as in data/languages.json")
-    add("--data-dir", required=True, help="directory with en/ae2.jsonl")
+    add("--data-dir", required=True, help="directory with en/ and the target language")
     add("--out", required=True, help="chat.json to write")
-    add("--tasks", type=tasks, default=list(TASKS), help=f"some of {','.join(TASKS)}")
+    add("--tasks", type=tasks, default=list(TASKS[1:]), help=f"some of {','.join(TASKS)}")
     add("--num-questions", type=int, help="largest number of questions per task (default: all)")
     add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
     add("--greedy", action="store_true", help="one deterministic run instead")
     add("--batch-tokens", type=int, default=8192, help="largest number of tokens in a batch")
     add("--language-id", choices=("glotlid", "script"), default="glotlid", help="judge of codemix")
     add("--seed", type=int, default=42, help="seed of the first run")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="precision")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device")
+    add("--dtype", choices=evaluate.DTYPES, help="precision (default: bfloat16 on cuda)")
+    add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
     args = parser.parse_args(argv)
-    if args.lang not in evaluate.read_languages():
+    if args.lang not in evaluate.LANGUAGES:
         fail(f"--lang {args.lang} is not in data/languages.json. Add it there")
     if args.runs < 1 or args.batch_tokens < 1 or (args.num_questions or 1) < 1:
         parser.error("--runs, --batch-tokens and --num-questions must be at least 1")
@@ -100,7 +113,7 @@ def english_confidence(how, lang):
         fail("codemix by GlotLID needs fastText: pip install fasttext-numpy2==0.10.4")
     except (OSError, ValueError, HTTPError) as error:
         fail(f"the hub did not give {GLOTLID[0]} ({error}). Choose --language-id script")
-    target = "__label__" + evaluate.read_languages()[lang]["flores"]
+    target = "__label__" + evaluate.LANGUAGES[lang]["flores"]
 
     def confidence(text):
         if not any(c.isalpha() for c in text):
@@ -179,36 +192,88 @@ def harness(model, tokenizer, manager, task, seed, limit, sampling, batch_size):
     return samples
 
 
-def answer_instructions(model, tokenizer, ends, rows, run, done, args, sampling, save):
-    """AE2: answer every instruction, in batches of like length that resuming does not change."""
-    import torch
-    from tqdm import tqdm
+def trigrams(text):
+    """Return [(word, its character trigrams), ...]; a word is lower-case letters and marks."""
+    words = []
+    for word in text.lower().split():
+        word = "".join(c for c in word if unicodedata.category(c)[0] in "LM")
+        if word:
+            words.append((word, [f" {word} "[i : i + 3] for i in range(len(word))]))
+    return words
 
-    prompts = []
-    for row in rows:
-        text = render(tokenizer, [{"role": "user", "content": row["instruction"]}])
-        prompts.append(encode(tokenizer, text))
-    batches = evaluate.batches([len(ids) + NEW_TOKENS for ids in prompts], args.batch_tokens)
-    for number, batch in enumerate(tqdm(batches, desc=f"ae2, run {run}", unit="batch")):
-        if all(("ae2", run, i) in done for i in batch):
+
+def english_odds(english_rows, target_rows):
+    """Return {trigram: log-odds of English against the target}: add-one smoothed naive Bayes."""
+    counts = []
+    for rows in (english_rows, target_rows):
+        count = Counter()
+        for row in rows:
+            for turn in row.get("messages") or [{"content": row.get("text")}]:
+                for _, grams in trigrams(turn["content"]):
+                    count.update(grams)
+        counts.append(count)
+    english, target = counts
+    both = english | target
+    prior = math.log((target.total() + len(both)) / (english.total() + len(both)))
+    return {gram: math.log((english[gram] + 1) / (target[gram] + 1)) + prior for gram in both}
+
+
+def chat_scores(text, odds):
+    """Return the fraction of repeated word 4-grams, and letters in words more likely English."""
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    english = letters = 0
+    for word, found in trigrams(text):
+        letters += len(word)
+        if sum(odds.get(gram, 0.0) for gram in found) > 0:
+            english += len(word)
+    repetition = 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return {"repetition": repetition, "letters": letters, "english_letters": english}
+
+
+def answer_all(loaded, task, rows, run, done, args, sampling, save):
+    """Answer all rows of `ae2` or `chat`, in batches of like length that resuming does not change.
+
+    loaded: model, tokenizer, the ids that end a turn, and whether batches may be used.
+    """
+    model, tokenizer, ends, batched = loaded
+    items, batch_args = [], argparse.Namespace(max_new_tokens=NEW_TOKENS[task], batch_tokens=0)
+    if batched:
+        batch_args.batch_tokens = args.batch_tokens
+    for i, row in enumerate(rows):
+        prompt = evaluate.encode(tokenizer, evaluate.ask(tokenizer, row["instruction"]))
+        items.append(({"task": task, "side": "source", "run": run, "id": i}, prompt, []))
+    batches = evaluate.make_batches(items, batch_args)
+    for number, batch in tqdm(batches, desc=f"{task}, run {run}", unit="batch"):
+        if all((task, run, saved["id"]) in done for saved, _, _ in batch):
             continue
         torch.manual_seed((args.seed + run) * 1_000_003 + number)
-        found = generate(model, [prompts[i] for i in batch], NEW_TOKENS, ends, sampling)
-        for i, ids in zip(batch, found, strict=True):
-            save(
-                {
-                    "task": "ae2",
-                    "run": run,
-                    "id": i,
-                    "instruction": rows[i]["instruction"],
-                    "dataset": rows[i].get("dataset"),
-                    "output": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                    "stopped": ids[-1] in ends,
-                }
-            )
+        prompts = [prompt for _, prompt, _ in batch]
+        found, _ = evaluate.generate(model, prompts, NEW_TOKENS[task], ends, sampling)
+        for (saved, _, _), ids in zip(batch, found, strict=True):
+            row = rows[saved["id"]]
+            answer = {"instruction": row["instruction"], "dataset": row.get("dataset")}
+            answer["output"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            save({"task": task, "run": run, "id": saved["id"], "stopped": ids[-1] in ends} | answer)
 
 
-def summarize(done, args, english):
+def summarize_chat(answers, odds):
+    """Return the rates over all answers of `chat`, and the answers."""
+    found = []
+    for item in answers:
+        said = {"prompt": item["instruction"], "answer": item["output"]}
+        found.append(said | {"stopped": item["stopped"]} | chat_scores(item["output"], odds))
+    letters = max(1, sum(answer["letters"] for answer in found))
+    return {
+        "stop_rate": statistics.fmean(answer["stopped"] for answer in found),
+        "repetition": statistics.fmean(answer["repetition"] for answer in found),
+        "english_share": sum(answer["english_letters"] for answer in found) / letters,
+        "n": len(found),
+        "answers": found,
+    }
+
+
+def summarize(done, args, english, odds):
     """Return `results` of chat.json from all finished items."""
     results = {}
     for task in HARNESS:
@@ -218,6 +283,9 @@ def summarize(done, args, english):
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             found = {"accuracy": statistics.fmean(means), "sd_over_runs": spread}
             results[task] = {"source": found | {"runs": means, "n": len(runs[0])}}
+    if "chat" in args.tasks:
+        answers = [done["chat", 0, i] for i in range(len(CHAT_PROMPTS))]
+        results["chat"] = summarize_chat(answers, odds)
     answers = [item for key, item in done.items() if key[0] == "ae2"]
     if answers:
         stopped = statistics.fmean(item["stopped"] for item in answers)
@@ -248,12 +316,31 @@ def read_done(path, header):
     return done
 
 
+def read_texts(args):
+    """Return the instructions of ae2 and the trigram odds of chat, where they are asked for."""
+    rows, odds = [], None
+    if "ae2" in args.tasks:
+        rows = evaluate.read_rows(args, "source", "ae2", ["instruction"])[: args.num_questions]
+    if "chat" in args.tasks:
+        english = evaluate.read_rows(args, "source", "heldout", ["text"])
+        odds = english_odds(english, evaluate.read_rows(args, "target", "heldout", ["text"]))
+    return rows, odds
+
+
+def write_for_judge(path, rows, run, done, generator):
+    """Write the answers of one run as alpaca_eval reads them."""
+    answers = []
+    for i in range(len(rows)):
+        item = done["ae2", run, i]
+        answer = {name: item[name] for name in ("instruction", "output", "dataset")}
+        answers.append(answer | {"generator": generator})
+    write_atomically(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+
+
 def run(args):
     # Check what is needed before the model is loaded
-    rows = []
-    if "ae2" in args.tasks:
-        rows = evaluate.read_rows(f"{args.data_dir}/en/ae2.jsonl", ("instruction",))
-        rows = rows[: args.num_questions]
+    args.files = []
+    rows, odds = read_texts(args)
     folder, model_sha256 = evaluate.find_model(args.model)
     config, tokenizer = evaluate.load_tokenizer(folder)
     english = None
@@ -261,7 +348,7 @@ def run(args):
         english = english_confidence(args.language_id, args.lang)
     asked = [task for task in HARNESS if task in args.tasks]
     manager = harness_tasks(asked) if asked else None
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**40
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
     evaluate.choose_device(args)
@@ -271,7 +358,7 @@ def run(args):
     settings = {name: getattr(args, name) for name in names.split()}
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
-    header["data_sha256"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    header["data_sha256"] = evaluate.sha256_of(args.files)
     stem = os.path.splitext(args.out)[0]
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     done = read_done(f"{stem}.items.jsonl", header)
@@ -284,6 +371,10 @@ def run(args):
             file.write(json.dumps(item) + "\n")
 
     model, ends, _ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
+    loaded = (model, tokenizer, ends, evaluate.can_batch(model, config, context))
+    if "chat" in args.tasks:
+        asked_of_all = [{"instruction": prompt} for prompt in CHAT_PROMPTS]
+        answer_all(loaded, "chat", asked_of_all, 0, done, args, GREEDY, save)
     sampling = GREEDY if args.greedy else CHAT_SAMPLING
     size = max(1, args.batch_tokens // 2048)
     for number in range(args.runs):
@@ -294,18 +385,12 @@ def run(args):
                 found = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
                 save({"task": task, "run": number, "id": 0, "samples": found})
         if rows:
-            answer_instructions(model, tokenizer, ends, rows, number, done, args, sampling, save)
-            answers = []
-            for i in range(len(rows)):
-                item = done["ae2", number, i]
-                answer = {name: item[name] for name in ("instruction", "output", "dataset")}
-                answers.append(answer | {"generator": args.model})
-            text = json.dumps(answers, ensure_ascii=False, indent=1)
-            write_atomically(f"{stem}.ae2-{number}.json", text + "\n")
+            answer_all(loaded, "ae2", rows, number, done, args, sampling, save)
+            write_for_judge(f"{stem}.ae2-{number}.json", rows, number, done, args.model)
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
     content |= {"settings": settings | {"model_sha256": model_sha256}}
     content |= {"device": args.device, "git_commit": evaluate.git_commit()}
-    content |= {"results": summarize(done, args, english)}
+    content |= {"results": summarize(done, args, english, odds)}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {stem}.items.jsonl")
     print("next: python tools/report.py DIRECTORY")
