@@ -278,6 +278,7 @@ def test_without_matplotlib(tmp_path, capsys):
 def test_what_cannot_be_compared(tmp_path, capsys):
     assert "source/eval.json is missing" in fails(capsys, tmp_path)
     evaluation(tmp_path, "source", 1.0, 1.0, 1.0)
+    assert "ftt/eval.json is missing" in fails(capsys, tmp_path, "--methods", "ftt")
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, num_samples=3)
     assert "num_samples is 3, and None" in fails(capsys, tmp_path)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, seed=3)

@@ -145,6 +145,9 @@ def read_runs(folders, chosen):
                 found = read_eval(path.parent)
                 check_settings(path.parent, found["settings"], source["settings"])
                 evals.setdefault(method, []).append(found)
+    for method in chosen or []:
+        if method not in evals:
+            fail(f"{folders[0]}/{method}/eval.json is missing. Evaluate it, or correct --methods")
 
     def place(run):
         method = run.partition("@")[0]
@@ -237,10 +240,9 @@ def read_masks(folder, methods):
 
 
 def overlap(a, b):
-    """Return the mean Jaccard index, over all matrices, of what two {name: mask} freeze.
+    """Return the Jaccard index of what two {name: mask} freeze, its mean over matrices, or None.
 
-    A pair of masks may have different shapes that broadcast, such as [1, d_in] and [d_out, d_in].
-    Matrices that neither freezes are left out. None is left: None.
+    Shapes may differ, such as [1, d_in] and [d_out, d_in]. What neither freezes does not count.
     """
     found = []
     for name in a.keys() & b.keys():
@@ -262,7 +264,7 @@ def overlap_table(masks):
 def improvement(values, methods, side):
     """Return (what is measured, {method: [improvement over Source in percent, of each run]}).
 
-    It is that of bits per byte. Where they were not measured, it is the mean over all tasks.
+    That of bits per byte or, where they were not measured, the mean over all tasks.
     """
     columns = []
     for column in columns_of(side, values):
@@ -293,6 +295,8 @@ def two_panels(target, height=4.0):
 def draw_bars(axes, changes, title, xlabel):
     """Draw {method: [change in percent, of each run]}: means, with their standard deviation."""
     for method, numbers in changes.items():
+        if method == "source":  # its change is zero
+            continue
         color = "tab:red" if method == "ssu-wanda" else "tab:gray"
         mean = statistics.fmean(numbers)
         spread = statistics.stdev(numbers) if len(numbers) > 1 else None
@@ -308,10 +312,8 @@ def draw_kept(values, methods, target):
     figure, axes = two_panels(target, 1.2 + 0.28 * len(methods))
     what, changes = improvement(values, methods, "source")
     losses = {method: [-change for change in changes[method]] for method in changes}
-    losses.pop("source", None)  # it is zero
     draw_bars(axes["source"], losses, "English lost", f"{what}: worse than Source by %")
     what, changes = improvement(values, methods, "target")
-    changes.pop("source", None)
     draw_bars(axes["target"], changes, f"{target} gained", f"{what}: better than Source by %")
     return figure
 
