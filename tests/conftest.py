@@ -1,6 +1,6 @@
-"""Tiny random models with a real tokenizer and chat template, a little text, and a hub on
-loopback: all that the fast
-tests run on."""
+"""Tiny random models with a real tokenizer and chat template, a little text, and a hub on loopback:
+all that the fast tests run on.
+"""
 
 import json
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import hub
 
-os.environ["HF_ENDPOINT"] = (
-    hub.serve()
-)  # before anything imports huggingface_hub, which reads these once
+# Set before anything imports huggingface_hub, which reads these once.
+os.environ["HF_ENDPOINT"] = hub.serve()
 os.environ["HF_HOME"] = str(hub.HUB / "home")
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_TOKEN"] = ""
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for one another
+# The models are tiny, so threads would only wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+pytest_plugins = ["paper_hub"]  # its fixtures
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -55,37 +56,33 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+
+
+def heads(of_keys, tied):
+    return dict(num_key_value_heads=of_keys, tie_word_embeddings=tied)
+
+
 MODELS = {
-    "olmo2": (
-        Olmo2Config,
-        Olmo2ForCausalLM,
-        dict(num_key_value_heads=4, tie_word_embeddings=False),
-    ),
-    "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen2": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        dict(num_key_value_heads=2, tie_word_embeddings=False),
-    ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, heads(4, tied=False)),
+    "llama": (LlamaConfig, LlamaForCausalLM, heads(2, tied=True)),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, heads(2, tied=False)),
 }
 
 
 def tiny_tokenizer():
-    """Byte-level BPE of 400 tokens: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2 (the eos, as in
-    chat models).
+    """Return a byte-level BPE of 400 tokens.
+
+    <|endoftext|> is 0, <|im_start|> 1, and <|im_end|> 2, the end-of-text token as in chat models.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    tokenizer.train_from_iterator(TEXT, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -94,13 +91,11 @@ def tiny_tokenizer():
 
 
 def tiny_model(folder, kind="llama", seed=0, **sizes):
-    """Saves a random model of a kind of MODELS, norm weights and biases random too, with its
-    tokenizer to `folder`.
-    """
+    """Save a model of a kind of MODELS and its tokenizer. All weights are random, norms too."""
     tokenizer = tiny_tokenizer()
     config, architecture, extra = MODELS[kind]
     torch.manual_seed(seed)
-    model = architecture(config(vocab_size=len(tokenizer), **SIZES | sizes, **extra))
+    model = architecture(config(vocab_size=len(tokenizer), **SIZES | extra | sizes))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
@@ -120,9 +115,7 @@ def write_jsonl(path, rows):
 
 
 def forked(main, argv, before=lambda: None):
-    """Starts main(argv) in a process of its own, a copy of this one, with nothing to import.
-    Returns its id.
-    """
+    """Start main(argv) in a copy of this process, with nothing to import. Return its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -139,8 +132,9 @@ def forked(main, argv, before=lambda: None):
 
 
 def limit_file_size(limit, errors):
-    """For `forked`: no file may grow beyond `limit` bytes, as on a full disk; stderr goes to the
-    file `errors`.
+    """Return what `forked` does first to let no file grow beyond `limit` bytes, as on a full disk.
+
+    stderr goes to the file `errors`.
     """
 
     def before():

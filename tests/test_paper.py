@@ -6,7 +6,6 @@ import pandas
 import pytest
 from conftest import TEXT
 from hub import COMMIT, REQUESTS
-from paper_hub import paper_sets, served  # noqa: F401
 from transformers import AutoTokenizer
 
 from data import prepare_paper

@@ -9,14 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from hub import HUB, REQUESTS
-from paper_hub import (  # noqa: F401
-    MADLAD,
-    paper_sets,
-    put_harness_data,
-    put_madlad,
-    put_tulu,
-    served,
-)
+from paper_hub import MADLAD, put_harness_data, put_madlad, put_tulu
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Olmo2Config
 

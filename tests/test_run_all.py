@@ -16,15 +16,7 @@ import pytest
 import quick_python
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import HUB
-from paper_hub import (
-    paper_sets,  # noqa: F401
-    put_glotlid,
-    put_harness_data,
-    put_madlad,
-    put_rows,
-    put_tulu,
-    served,  # noqa: F401
-)
+from paper_hub import put_glotlid, put_harness_data, put_madlad, put_rows, put_tulu
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
