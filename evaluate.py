@@ -23,9 +23,6 @@ The same command continues from there and gives the results of an uninterrupted 
 """
 
 import argparse
-import datetime
-import fcntl
-import hashlib
 import inspect
 import json
 import math
@@ -33,10 +30,7 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
-import time
-import types
 from collections import Counter
 from importlib.metadata import version
 from itertools import islice
@@ -45,21 +39,42 @@ from pathlib import Path
 import sacrebleu
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import chat_template_utils
+
+from data.evaluation import (
+    LANGUAGES,
+    check_out,
+    fail,
+    git_commit,
+    in_words,
+    key_of,
+    locked,
+    read_items,
+    read_rows,
+    sample,
+    sha256_of,
+    sides,
+    to_lines,
+    write_atomically,
+)
+from data.instruct import (
+    DATE,
+    ask,
+    can_batch,
+    choose_device,
+    encode,
+    find_model,
+    last_turn,
+    load_model,
+    load_tokenizer,
+    split,
+)
 
 ROOT = Path(__file__).resolve().parent
-LANGUAGES_FILE = ROOT / "data/languages.json"
-LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
 GREEDY = dict(do_sample=False)
 SAMPLING = dict(do_sample=True, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1)
 SHOTS = {"mt": 3, "mrc": 3, "mmlu": 5}  # Section 4.5
 WINDOW = 1024  # tokens of a window in bpb
-DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
 OPTIONS = ["option_a", "option_b", "option_c", "option_d"]
 ANSWERS = ["mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4"]
 BPB_SETS = [("source", "heldout"), ("source", "prose"), ("source", "news"), ("target", "heldout")]
@@ -69,186 +84,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 NOT_SETTINGS = ("model", "lang", "data_dir", "out")
 
 
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"evaluate.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def write_atomically(path, text):
-    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256_of(paths):
-    """Return sha256 over the names and contents of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def git_commit():
-    """Return the commit of this script, with -dirty after changes, or None outside a checkout."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# ---- Data ----------------------------------------------------------------------------------------
-
-
-def read_rows(args, side, name, columns, optional=False):
-    """Return the rows of a JSON Lines file of --data-dir, and remember the file in args.files.
-
-    Every row has text in `columns`, or a chat in `messages` that ends with an answer.
-    """
-    path = Path(args.data_dir, "en" if side == "source" else args.lang, f"{name}.jsonl")
-    if optional and not path.exists():
-        return []
-    args.files.append(path)
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            json.dumps(row, ensure_ascii=False).encode()  # fails at half of a surrogate pair
-            turns = row.get("messages") or []
-            texts = [turn["content"].strip() for turn in turns] or [row[name] for name in columns]
-            if not all(isinstance(text, (str, int, float)) and str(text).strip() for text in texts):
-                raise ValueError("a text is empty")
-            if turns and [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-                raise ValueError("messages do not end with a user's turn and an assistant's")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            wanted = f"one JSON object in UTF-8 with {', '.join(columns)}"
-            fail(f"{path}: line {number} is not {wanted} ({error}). Repair or remove it")
-        rows.append(row)
-    return rows or fail(f"{path} is empty. Write one JSON object per line")
-
-
-# ---- Model, tokenizer, prompts -------------------------------------------------------------------
-
-
-def find_model(name):
-    """Return the local directory of a checkpoint, and sha256 of its files."""
-    kinds = [".safetensors", ".json", ".jinja", ".model", ".txt"]
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        wanted = [f"*{kind}" for kind in kinds]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
-        except (OSError, ValueError) as error:
-            fail(f"model {name} is not a directory, and the hub did not give it: {error}")
-    return folder, sha256_of(sorted(path for path in folder.iterdir() if path.suffix in kinds))
-
-
-def load_tokenizer(folder):
-    """Return config and tokenizer of an instruct model. Refuse what cannot be evaluated."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        fail(f"model {folder}: {error}")
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        fail(f"model {folder}: {config.model_type} is not a decoder. Give a causal language model")
-    if tokenizer.chat_template is None:
-        fail(f"model {folder} has no chat template. Give an instruct model")
-    return config, tokenizer
-
-
-def load_model(folder, tokenizer, dtype, device):
-    """Return the model, the ids that end a turn, and the ids with a newline in them."""
-    options = dict(dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        fail(f"model {folder}: {error}")
-    if info["missing_keys"]:
-        fail(f"model {folder}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
-
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    # A turn also ends with what the template closes it with.
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    closing = encode(tokenizer, render(tokenizer, turns).rstrip())[-1]
-    ends |= {closing} & set(tokenizer.all_special_ids)
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    newlines = [i for i, text in enumerate(texts) if "\n" in text]
-    model.generation_config = transformers.GenerationConfig()  # Table 9 alone decides
-    return model.to(device).eval(), sorted(ends), newlines
-
-
-def encode(tokenizer, text, raw=False):
-    """Return token ids. A chat template writes its own BOS; raw text has no control tokens."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=raw)["input_ids"]
-
-
-def split(tokenizer, prompt, text, raw=False):
-    """Return the ids of prompt and of text, tokenized as one. Raw text follows a BOS or EOS."""
-    before, whole = encode(tokenizer, prompt, raw), encode(tokenizer, prompt + text, raw)
-    n = len(os.path.commonprefix([before, whole]))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [eos if bos is None else bos] if raw else []
-    return start + whole[:n], whole[n:]
-
-
-def render(tokenizer, messages):
-    """Return a chat as text, up to where an answer begins or to the end of the one given."""
-    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)  # of strftime_now
-    options = dict(tokenize=False, enable_thinking=False)
-    options["add_generation_prompt"] = messages[-1]["role"] != "assistant"
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
-        roles = [turn["role"] for turn in messages]
-        fail(f"the model's chat template refuses a chat of {roles} ({error}). Repair it")
-
-
-def ask(tokenizer, text, shots=()):
-    """Return the chat of few-shot examples, (question, answer) each, and a question, as text."""
-    chat = []
-    for question, answer in shots:
-        chat.append({"role": "user", "content": question})
-        chat.append({"role": "assistant", "content": answer})
-    return render(tokenizer, [*chat, {"role": "user", "content": text}])
-
-
 # ---- Tasks: each yields items, (what to save, prompt ids, [continuation ids to score, ...]) ------
-
-
-def sides(args):
-    """Return the sides with their entries of data/languages.json, English prompts by default."""
-    english, target = LANGUAGES["en"], LANGUAGES[args.lang]
-    return ("source", english), ("target", {"prompts": english["prompts"]} | target)
-
-
-def sample(rows, args):
-    """Return --num-samples random rows, in their order."""
-    chosen = random.Random(args.seed).sample(range(len(rows)), min(args.num_samples, len(rows)))
-    return [rows[i] for i in sorted(chosen)]
-
-
-def last_answer(tokenizer, messages):
-    """Return a chat as (prompt, answer with its end of turn)."""
-    prompt, whole = render(tokenizer, messages[:-1]), render(tokenizer, messages)
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :].rstrip()
-    at = whole.rfind(messages[-1]["content"].strip())  # an empty think block is only in the prompt
-    if at < 0 or "</think>" not in prompt:
-        fail("the model's chat template rewrites earlier turns, so bpb cannot score an answer")
-    return prompt, whole[at:].rstrip()
 
 
 def windows(prompt, tokens, size):
@@ -271,7 +107,7 @@ def items_bpb(args, tokenizer):
         for number, row in sample(list(enumerate(rows, 1)), args):
             if row.get("messages"):
                 said = row["messages"][-1]["content"]
-                prompt, answer = last_answer(tokenizer, row["messages"])
+                prompt, answer = last_turn(tokenizer, row["messages"])
                 ids, tokens = split(tokenizer, prompt, answer)
             else:
                 prompt, said = "", row["text"].removeprefix("\ufeff")
@@ -340,13 +176,6 @@ def lettered(args, tokenizer, saved, text, shots):
     return saved | dict(prompt=prompt, shots=len(shots)), encode(tokenizer, prompt), letters
 
 
-def in_words(language, row, options, context=""):
-    """Return the text of a question with options A to D, in the words of Table 7."""
-    options = dict(zip("abcd", [row[option] for option in options], strict=True))
-    template = language["prompts"]["question"]
-    return template.format(context=context, question=row["question"], **options)
-
-
 def items_mrc(args, tokenizer):
     """Belebele has one split, so an item is never its own example."""
     for side, language in sides(args):
@@ -375,17 +204,14 @@ def items_mmlu(args, tokenizer):
             if number < len(dev):
                 shots.append((text, row["answer"]))
                 continue
+            if not shots:
+                fail(f"{side}: mmlu.dev.jsonl has no question about {subject}. Add one")
             saved = dict(side=side, id=row["sample_id"], domain=subject, reference=row["answer"])
             yield lettered(args, tokenizer, saved, text, shots[: SHOTS["mmlu"]])
 
 
 TASKS = dict(bpb=items_bpb, mcq=items_mcq, mt=items_mt, sum=items_sum, mrc=items_mrc)
 TASKS["mmlu"] = items_mmlu
-
-
-def key_of(saved):
-    """Return what tells an item from all others."""
-    return saved["task"], saved["side"], saved["run"], saved["id"]
 
 
 def make_items(args, tokenizer):
@@ -470,51 +296,6 @@ def generate(model, prompts, max_new_tokens, stop_ids, options):
     return answers, found.logits
 
 
-def can_batch(model, config, context):
-    """Return whether batches give, for a few rows, the results of single rows. Say so if not.
-
-    Tried are padding, a shared beginning and generation, with rows longer than a sliding window or
-    chunk. Refuse a model where the probability of a token depends on what follows.
-    """
-    text, draw = config.get_text_config(), random.Random(0)
-    names = ("sliding_window", "window_size", "attention_chunk_size")
-    window = max(getattr(text, name, None) or 0 for name in names)
-    length = min(max(window + 12, 32), context - 4)
-    prompts = [draw.choices(range(text.vocab_size), k=n) for n in (length, length // 2, 9)]
-    rows = [(ids[:-3], ids[-3:]) for ids in prompts]
-    start = prompts[1]
-    after = [(start + ids[: length // 2 - 3], ids[-2:]) for ids in prompts]
-
-    def one_by_one(rows):
-        return [loglik(model, [row])[0] for row in rows]
-
-    def first_logits(prompts):
-        _, logits = generate(model, prompts, 2, None, GREEDY | dict(output_logits=True))
-        return torch.stack(logits, 1).float()  # [prompts, 2, vocabulary]
-
-    def same(batch, single):
-        batch, single = torch.as_tensor(batch), torch.as_tensor(single)
-        tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-        return bool((batch - single).norm() <= tolerance * single.norm())
-
-    alone = one_by_one(rows)
-    ids = torch.tensor([start, start[:-1] + prompts[2][-1:]], device=model.device)
-    with torch.inference_mode():
-        one, other = (model(row[None], use_cache=True) for row in ids)
-    if not same(one.logits[:, :-1], other.logits[:, :-1]):
-        fail(f"{config.model_type} is not a causal language model. Give one")
-    layers = getattr(one.get("past_key_values"), "layers", [None])
-    if (
-        {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-        and same(loglik(model, rows), alone)
-        and same(loglik(model, after, len(start)), one_by_one(after))
-        and same(first_logits(prompts), torch.cat([first_logits([ids]) for ids in prompts]))
-    ):
-        return True
-    print(f"batches change the results of {config.model_type}: everything is done one by one")
-    return False
-
-
 def make_batches(items, args):
     """Return [(number, items), ...] with at most --batch-tokens tokens each, padding included.
 
@@ -549,11 +330,14 @@ def answer(model, batch, args, stop_ids):
     if not rows:
         options = GREEDY if args.greedy else SAMPLING
         return generate(model, prompts, args.max_new_tokens, stop_ids, options)[0]
-    if args.batch_tokens == 0:
-        sums = iter([loglik(model, [row])[0] for row in rows])
-    else:
+    shared = 0
+    if len(batch) > 1 and batch[0][0]["task"] in ("mrc", "mmlu"):
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        sums = iter(loglik(model, rows, shared if len(batch) > 1 and "shots" in batch[0][0] else 0))
+    if args.batch_tokens == 0:
+        sums = [loglik(model, [row])[0] for row in rows]
+    else:
+        sums = loglik(model, rows, shared)
+    sums = iter(sums)
     return [list(islice(sums, len(parts))) for _, _, parts in batch]
 
 
@@ -583,24 +367,24 @@ def summarize(records):
     for saved in records:
         groups.setdefault((saved["task"], saved["side"], saved.get("set")), []).append(saved)
     for (task, side, base), rows in groups.items():
-        sides = results.setdefault(task, {})
+        sides, scores = results.setdefault(task, {}), [row["scores"] for row in rows]
         if task == "bpb":
-            bits = math.fsum(row["scores"]["nats"] for row in rows) / math.log(2)
+            bits = math.fsum(found["nats"] for found in scores) / math.log(2)
             size, tokens = (sum(row[unit] for row in rows) for unit in ("bytes", "tokens"))
             documents = sum(row["bytes"] > 0 for row in rows)
             numbers = dict(bpb=bits / size, bytes=size, tokens=tokens, documents=documents)
             sides.setdefault(side, {})[base] = numbers
         elif task in ("mt", "sum"):
-            runs = {}
+            runs = [[] for _ in range(1 + max(row["run"] for row in rows))]
             for row in rows:
-                runs.setdefault(row["run"], []).append(row["scores"]["chrf"])
-            means = [statistics.fmean(run) for run in runs.values()]
+                runs[row["run"]].append(row["scores"]["chrf"])
+            means = list(map(statistics.fmean, runs))
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             numbers = dict(chrf=statistics.fmean(means), sd_over_runs=spread, runs=means)
             sides[side] = numbers | dict(n=len(runs[0]))
         else:
-            correct = [row["scores"]["correct"] for row in rows]
-            sides[side] = dict(accuracy=statistics.fmean(correct), n=len(rows))
+            correct = statistics.fmean(found["correct"] for found in scores)
+            sides[side] = dict(accuracy=correct, n=len(rows))
     return results
 
 
@@ -612,7 +396,7 @@ def parse_args(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, names = parser.add_argument, ",".join(TASKS)
     add("--model", required=True, help="directory or hub id of an instruct model")
-    add("--lang", required=True, choices=[*LANGUAGES][1:], help="target language")
+    add("--lang", required=True, choices=sorted(LANGUAGES.keys() - {"en"}), help="target language")
     add("--data-dir", required=True, help="directory with en/ and one for each target language")
     add("--out", required=True, help="file to write, eval.json")
     add("--tasks", default="bpb,mcq,mt", help=f"some of {names} (default: bpb,mcq,mt)")
@@ -638,39 +422,11 @@ def parse_args(argv=None):
     return args
 
 
-def choose_device(args):
-    """Set the default device and dtype."""
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        fail("--device cuda: torch finds no CUDA device. Leave --device out")
-    args.device = args.device or ("cuda" if cuda else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-
-
-def read_items(path, header):
-    """Return {key: record} of an interrupted run with the same header, or else nothing."""
-    if not path.exists():
-        return {}
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    try:
-        first, *found = map(json.loads, lines)
-        if first == header:
-            return {key_of(saved): saved for saved in found}
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is damaged ({error}). Delete it, or the line, to have that done again")
-    print(f"{path} is of other settings, data, model, machine or versions: starting again")
-    return {}
-
-
-def to_lines(values):
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-
-
 def answer_all(args, folder, config, tokenizer, items, done, path):
     """Add what is not done yet to `done`, {key: record}, and to the items file."""
     model, ends, newlines = load_model(folder, tokenizer, args.dtype, args.device)
-    if not can_batch(model, config, args.context):
-        args.batch_tokens = 0
+    if not can_batch(model, config, args.context, loglik, generate):
+        args.batch_tokens = 0  # one by one
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(items), unit="item") as bar:
         for number, batch in make_batches(items.values(), args):
             first = batch[0][0]
@@ -692,11 +448,10 @@ def evaluate(args):
     transformers.logging.disable_progress_bar()
 
     # Read the data and build all prompts before the model is loaded.
-    started, out = time.monotonic(), Path(args.out)
+    out = Path(args.out)
     items_path = out.with_suffix(".items.jsonl")
-    for path, form in ((out, "ssu-eval"), (items_path, "ssu-eval-items")):
-        if path.exists() and f'"format": "{form}"' not in path.read_text(errors="replace")[:100]:
-            fail(f"{path} exists and evaluate.py did not write it. Choose another --out")
+    check_out(out, "ssu-eval")
+    check_out(items_path, "ssu-eval-items")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     folder, model_sha256 = find_model(args.model)
     config, tokenizer = load_tokenizer(folder)
@@ -711,17 +466,11 @@ def evaluate(args):
     versions = {name: version(name) for name in ("torch", "transformers", "sacrebleu")}
     versions |= dict(python=platform.python_version(), threads=str(torch.get_num_threads()))
     versions |= dict(cpu=torch.backends.cpu.get_cpu_capability())
-    script = sha256_of([Path(__file__), LANGUAGES_FILE])
+    code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
-    header |= dict(versions=versions, script=script)
+    header |= dict(versions=versions, code_sha256=sha256_of(code))
 
-    # One process at a time writes here.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process writes {out}. Wait for it, or choose another --out")
+    with locked(out):
         done = read_items(items_path, header)
         write_atomically(items_path, to_lines([header, *done.values()]))
         if items.keys() - done.keys():
@@ -731,8 +480,7 @@ def evaluate(args):
 
         content = dict(format="ssu-eval", version=1, model=args.model, lang=args.lang)
         content |= dict(settings=settings, versions=versions, device=args.device)
-        content |= dict(git_commit=git_commit(), seconds=round(time.monotonic() - started, 1))
-        content |= dict(results=summarize(records))
+        content |= dict(git_commit=git_commit(), results=summarize(records))
         write_atomically(out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {out}; every item is in {items_path}")
     print("next: python tools/report.py DIRECTORY, with that of the source model's evaluation")

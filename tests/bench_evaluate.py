@@ -40,7 +40,7 @@ def main():
     config, tokenizer = evaluate.load_tokenizer(folder)
     args.context, args.files = config.get_text_config().max_position_embeddings, []
     model, *_ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
-    if not evaluate.can_batch(model, config, args.context):
+    if not evaluate.can_batch(model, config, args.context, evaluate.loglik, evaluate.generate):
         parser.exit(message="There is nothing to compare\n")
     items = evaluate.make_items(args, tokenizer).values()
     items = [item for item in items if item[0]["side"] == "source"]

@@ -41,7 +41,10 @@ def put_glotlid(words):
     return model
 
 
-def test_code_mixed_answers_are_counted_and_written_for_the_judge(served, llama, tmp_path, capsys):
+def test_code_mixed_answers_are_counted_and_written_for_the_judge(
+    served, llama, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(chat_eval.NEW_TOKENS, "ae2", 24)
     lid = put_glotlid(words=4)
     english = chat_eval.english_confidence("glotlid", "ne")
     nepali = chat_eval.english_confidence("script", "ne")

@@ -339,6 +339,9 @@ def write_for_judge(path, rows, run, done, generator):
 
 def run(args):
     # Check what is needed before the model is loaded
+    stem = os.path.splitext(args.out)[0]
+    evaluate.check_out(Path(args.out), "ssu-chat")
+    evaluate.check_out(Path(f"{stem}.items.jsonl"), "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
     folder, model_sha256 = evaluate.find_model(args.model)
@@ -359,8 +362,6 @@ def run(args):
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
     header["data_sha256"] = evaluate.sha256_of(args.files)
-    stem = os.path.splitext(args.out)[0]
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     done = read_done(f"{stem}.items.jsonl", header)
     lines = [json.dumps(header), *map(json.dumps, done.values())]
     write_atomically(f"{stem}.items.jsonl", "\n".join(lines) + "\n")
@@ -371,7 +372,12 @@ def run(args):
             file.write(json.dumps(item) + "\n")
 
     model, ends, _ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
-    loaded = (model, tokenizer, ends, evaluate.can_batch(model, config, context))
+    loaded = (
+        model,
+        tokenizer,
+        ends,
+        evaluate.can_batch(model, config, context, evaluate.loglik, evaluate.generate),
+    )
     if "chat" in args.tasks:
         asked_of_all = [{"instruction": prompt} for prompt in CHAT_PROMPTS]
         answer_all(loaded, "chat", asked_of_all, 0, done, args, GREEDY, save)
@@ -399,7 +405,8 @@ def run(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        run(args)
+        with evaluate.locked(Path(args.out)):
+            run(args)
     except OSError as error:
         fail(f"{error.filename or ''} {error.strerror or error}")
     except KeyboardInterrupt:

@@ -1,0 +1,149 @@
+"""The files of evaluate.py and chat_eval.py: evaluation sets, and what is kept beside --out."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
+LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    print(f"evaluate.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def sha256_of(paths):
+    """Return sha256 over the names and contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def git_commit():
+    """Return the commit of this code, with -dirty after changes, or None outside a checkout."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---- Evaluation sets -----------------------------------------------------------------------------
+
+
+def read_rows(args, side, name, columns, optional=False):
+    """Return the rows of a JSON Lines file of --data-dir, and remember the file in args.files.
+
+    Every row has text in `columns`, or a chat in `messages` that ends with an answer.
+    """
+    path = Path(args.data_dir, "en" if side == "source" else args.lang, f"{name}.jsonl")
+    if optional and not path.exists():
+        return []
+    args.files.append(path)
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            json.dumps(row, ensure_ascii=False).encode()  # fails at half of a surrogate pair
+            turns = row.get("messages") or []
+            texts = [turn["content"].strip() for turn in turns]
+            if not turns:
+                texts = [row[column] for column in columns]
+            if not all(isinstance(text, (str, int, float)) and str(text).strip() for text in texts):
+                raise ValueError("a text is empty")
+            if turns and [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+                raise ValueError("messages do not end with a user's turn and an assistant's")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            wanted = f"one JSON object in UTF-8 with {', '.join(columns)}"
+            fail(f"{path}: line {number} is not {wanted} ({error}). Repair or remove it")
+        rows.append(row)
+    return rows or fail(f"{path} is empty. Write one JSON object per line")
+
+
+def sample(rows, args):
+    """Return --num-samples random rows, in their order."""
+    chosen = random.Random(args.seed).sample(range(len(rows)), min(args.num_samples, len(rows)))
+    return [rows[i] for i in sorted(chosen)]
+
+
+def sides(args):
+    """Return the sides with their entries of data/languages.json, English prompts by default."""
+    english, target = LANGUAGES["en"], LANGUAGES[args.lang]
+    return ("source", english), ("target", {"prompts": english["prompts"]} | target)
+
+
+def in_words(language, row, options, context=""):
+    """Return the text of a question with options A to D, in the words of Table 7."""
+    options = dict(zip("abcd", [row[option] for option in options], strict=True))
+    template = language["prompts"]["question"]
+    return template.format(context=context, question=row["question"], **options)
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def write_atomically(path, text):
+    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_out(path, form):
+    """Refuse to overwrite a file that is not of an earlier run."""
+    if path.exists() and f'"format": "{form}"' not in path.read_text(errors="replace")[:100]:
+        fail(f"{path} exists, and no earlier run wrote it. Choose another --out")
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Create the directory of --out, and keep other processes from writing there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process writes {out}. Wait for it, or choose another --out")
+        yield
+
+
+def key_of(saved):
+    """Return what tells an item from all others."""
+    return saved["task"], saved["side"], saved["run"], saved["id"]
+
+
+def read_items(path, header):
+    """Return {key: record} of an interrupted run with the same header, or else nothing."""
+    if not path.exists():
+        return {}
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        first, *found = map(json.loads, lines)
+        if first == header:
+            return {key_of(saved): saved for saved in found}
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is damaged ({error}). Delete it, or the line, to have that done again")
+    print(f"{path} is of other settings, data, model, machine or versions: starting again")
+    return {}
+
+
+def to_lines(values):
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

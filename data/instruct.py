@@ -1,0 +1,169 @@
+"""An instruct model as evaluate.py and chat_eval.py use it: files, tokenizer, chats, weights."""
+
+import datetime
+import os
+import random
+import types
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import chat_template_utils
+
+from data.evaluation import fail, sha256_of
+
+DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
+
+
+def find_model(name):
+    """Return the local directory of a checkpoint, and sha256 of its files."""
+    kinds = [".safetensors", ".json", ".jinja", ".model", ".txt"]
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        wanted = [f"*{kind}" for kind in kinds]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+        except (OSError, ValueError) as error:
+            fail(f"model {name} is not a directory, and the hub did not give it: {error}")
+    return folder, sha256_of(sorted(path for path in folder.iterdir() if path.suffix in kinds))
+
+
+def load_tokenizer(folder):
+    """Return config and tokenizer of an instruct model. Refuse what cannot be evaluated."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        fail(f"model {folder}: {error}")
+    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        fail(f"model {folder}: {config.model_type} is not a decoder. Give a causal language model")
+    if tokenizer.chat_template is None:
+        fail(f"model {folder} has no chat template. Give an instruct model")
+    return config, tokenizer
+
+
+def load_model(folder, tokenizer, dtype, device):
+    """Return the model, the ids that end a turn, and the ids with a newline in them."""
+    options = dict(dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        fail(f"model {folder}: {error}")
+    if info["missing_keys"]:
+        fail(f"model {folder}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
+
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    # A turn also ends with what the template closes it with.
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    closing = encode(tokenizer, render(tokenizer, turns).rstrip())[-1]
+    ends |= {closing} & set(tokenizer.all_special_ids)
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    newlines = [i for i, text in enumerate(texts) if "\n" in text]
+    model.generation_config = transformers.GenerationConfig()  # Table 9 alone decides
+    return model.to(device).eval(), sorted(ends), newlines
+
+
+def choose_device(args):
+    """Set args.device and args.dtype where they are not given."""
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        fail("--device cuda: torch finds no CUDA device. Leave --device out")
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+
+
+def encode(tokenizer, text, raw=False):
+    """Return token ids. A chat template writes its own BOS; raw text has no control tokens."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=raw)["input_ids"]
+
+
+def split(tokenizer, prompt, text, raw=False):
+    """Return the ids of prompt and of text, tokenized as one. Raw text follows a BOS or EOS."""
+    before, whole = encode(tokenizer, prompt, raw), encode(tokenizer, prompt + text, raw)
+    n = len(os.path.commonprefix([before, whole]))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [eos if bos is None else bos] if raw else []
+    return start + whole[:n], whole[n:]
+
+
+def render(tokenizer, messages):
+    """Return a chat as text, up to where an answer begins or to the end of the one given."""
+    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)  # of strftime_now
+    options = dict(tokenize=False, enable_thinking=False)
+    options["add_generation_prompt"] = messages[-1]["role"] != "assistant"
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
+        roles = [turn["role"] for turn in messages]
+        fail(f"the model's chat template refuses a chat of {roles} ({error}). Repair it")
+
+
+def ask(tokenizer, text, shots=()):
+    """Return the chat of few-shot examples, (question, answer) each, and a question, as text."""
+    chat = []
+    for question, answer in shots:
+        chat.append({"role": "user", "content": question})
+        chat.append({"role": "assistant", "content": answer})
+    return render(tokenizer, [*chat, {"role": "user", "content": text}])
+
+
+def last_turn(tokenizer, messages):
+    """Return a chat as (prompt, answer with its end of turn)."""
+    prompt, whole = render(tokenizer, messages[:-1]), render(tokenizer, messages)
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :].rstrip()
+    at = whole.rfind(messages[-1]["content"].strip())  # an empty think block is only in the prompt
+    if at < 0 or "</think>" not in prompt:
+        fail("the model's chat template rewrites earlier turns, so bpb cannot score an answer")
+    return prompt, whole[at:].rstrip()
+
+
+def can_batch(model, config, context, loglik, generate):
+    """Return whether batches give, for a few rows, the results of single rows. Say so if not.
+
+    `loglik` and `generate` are those of evaluate.py. Tried are padding, a shared beginning and
+    generation, with rows longer than a sliding window or chunk; one above 4,096 tokens is not
+    tried. Refuse a model where the probability of a token depends on what follows.
+    """
+    text, draw = config.get_text_config(), random.Random(0)
+    names = ("sliding_window", "window_size", "attention_chunk_size")
+    sizes = [getattr(text, name, None) or 0 for name in names]
+    window = max(size for size in [0, *sizes] if size < context)
+    length = min(max(window + 12, 32), context - 4) if window <= 4096 else 32
+    prompts = [draw.choices(range(text.vocab_size), k=n) for n in (length, length // 2, 9)]
+    start = prompts[1]
+    rows = [(ids[:-3], ids[-3:]) for ids in prompts]
+    after = [(start + ids[: length // 2 - 3], ids[-2:]) for ids in prompts]
+
+    def first_logits(prompts):
+        _, logits = generate(model, prompts, 2, None, dict(do_sample=False, output_logits=True))
+        return torch.stack(logits, 1).float()  # [prompts, 2, vocabulary]
+
+    def same(found, wanted):
+        found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
+        tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+        return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+    single = [loglik(model, [row])[0] for row in rows]
+    single_after = [loglik(model, [row])[0] for row in after]
+    ids = torch.tensor([start, start[:-1] + prompts[2][-1:]], device=model.device)
+    with torch.inference_mode():
+        one, other = (model(row[None], use_cache=True) for row in ids)
+    if not same(one.logits[:, :-1], other.logits[:, :-1]):
+        fail(f"{config.model_type} is not a causal language model. Give one")
+    layers = getattr(one.get("past_key_values"), "layers", [None])
+    if (
+        window <= 4096
+        and {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        and same(loglik(model, rows), single)
+        and same(loglik(model, after, len(start)), single_after)
+        and same(first_logits(prompts), torch.cat([first_logits([ids]) for ids in prompts]))
+    ):
+        return True
+    print(f"batches change the results of {config.model_type}: everything is done one by one")
+    return False
