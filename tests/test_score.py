@@ -23,6 +23,7 @@ from hub import REQUESTS
 from paper_hub import put_tulu, served  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     ApertusConfig,
     ApertusForCausalLM,
@@ -130,6 +131,16 @@ def test_control_tokens_in_raw_text_are_text(olmo2, tmp_path):
     tokens = score.calibration_tokens(data, tokenizer, 1, 32, 0)
     assert tokenizer.eos_token_id not in tokens
     assert tokenizer.decode(tokens[0]).startswith("a <|im_end|> b a")
+
+
+def test_only_raw_text_gets_the_tokenizers_own_bos(olmo2, chats, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert 0 not in score.calibration_tokens(chats, tokenizer, 5, 50, 0)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": TEXT[0]}])
+    assert score.calibration_tokens(data, tokenizer, 1, 8, 0)[0, 0] == 0
 
 
 def test_the_clock_of_chat_templates_stands_still(olmo2, chats):
