@@ -166,7 +166,7 @@ def test_loglik_equals_a_naive_float64_reference(kind, request):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_padded_greedy_generation_equals_one_by_one(model, penalty):
+def test_padded_greedy_generation_equals_one_by_one(model, penalty, monkeypatch):
     """Also under a repetition penalty, which must not see the padding."""
     prompts = [[1, 70, 80, 90, *range(100, 100 + n)] for n in (9, 1, 30, 14)]
     prompts.append([1, 70, 80, 90, 33])
@@ -177,7 +177,15 @@ def test_padded_greedy_generation_equals_one_by_one(model, penalty):
         options = {"max_new_tokens": 12, "eos_token_id": [2, 60], "pad_token_id": 2} | sampling
         new = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         alone.append(new[0, len(prompt) :].tolist())
+    given, real = [], model.generate
+
+    def generate(ids, **options):
+        given.extend(ids.tolist())
+        return real(ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
     assert evaluate.generate(model, prompts, 12, [2, 60], sampling)[0] == alone
+    assert [set(row) for row in given] == [set(prompt) for prompt in prompts]
     stop = alone[0][4]
     cut = evaluate.generate(model, prompts, 12, [2, stop], sampling)[0][0]
     assert cut == alone[0][: alone[0].index(stop) + 1]
@@ -193,8 +201,8 @@ def random_model(architecture, config):
     return model
 
 
-def batches_work(model, config):
-    return evaluate.can_batch(model, config, 512, evaluate.loglik, evaluate.generate)
+def batches_work(model, config, context=512):
+    return evaluate.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
 
 
 SMALL = SIZES | {"vocab_size": 400, "num_key_value_heads": 2}
@@ -263,6 +271,13 @@ def test_what_batches_get_wrong_is_done_one_by_one(capsys):
     assert [len(batch) for _, batch in evaluate.make_batches(items, args)] == [3]
     args.batch_tokens = 0
     assert [len(batch) for _, batch in evaluate.make_batches(items, args)] == [1, 1, 1]
+
+
+def test_a_window_too_long_to_try_is_done_one_by_one():
+    sizes = SMALL | {"max_position_embeddings": 8192}
+    model = random_model(MistralForCausalLM, MistralConfig(**sizes, sliding_window=5000))
+    assert not batches_work(model, model.config, 8192)
+    assert batches_work(model, model.config, 4096)  # no text reaches the window
 
 
 def test_batches_do_not_exceed_the_budget_nor_lose_an_item():
@@ -497,8 +512,9 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
         if r["task"] == "sum":
             continue
         prompt = evaluate.encode(tokenizer, r["prompt"])
-        letters = [evaluate.encode(tokenizer, letter) for letter in "ABCD"]
-        want = [reference_loglik(model, prompt, letter) for letter in letters]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+        want = [float(logprobs[evaluate.encode(tokenizer, letter)]) for letter in "ABCD"]
         assert r["scores"]["loglik"] == pytest.approx(want, abs=2e-4)
         assert r["prediction"] == "ABCD"[want.index(max(want))]
         right.setdefault((r["task"], r["side"]), []).append(r["prediction"] == r["reference"])
