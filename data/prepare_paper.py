@@ -218,7 +218,7 @@ def write_files(folder, files, commits):
 
 
 def is_complete(folder, flores):
-    """Return whether all files of a language are there, unchanged, with the FLORES+ asked for."""
+    """Return whether all files of a language are there, unchanged. Refuse the other FLORES+."""
     listing = folder / "provenance.json"
     if not listing.exists():
         return False
@@ -230,7 +230,7 @@ def is_complete(folder, flores):
             if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
                 return False
             if name.startswith("flores") and not facts["from"].startswith(FLORES[flores][0]):
-                return False
+                fail(f"{folder} holds the other FLORES+. Delete it to fetch the {flores} one")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{listing} is damaged ({error!r}). Delete {folder} to fetch it again")
     return True

@@ -1,6 +1,7 @@
 """data/prepare_paper.py against the stand-in hub."""
 
 import json
+import shutil
 
 import pandas
 import pytest
@@ -53,19 +54,26 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
     )
     assert listed["xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
 
+    # A second call leaves it as it is, and asks the hub for nothing.
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     REQUESTS.clear()
     prepare_paper.main(argv)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
-    assert not [
-        path for command, path, _ in REQUESTS if command == "GET" and path.endswith(".parquet")
-    ]
+    assert not REQUESTS
 
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        prepare_paper.main([*argv, "--flores", "gated"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "flores_plus" in line and "HF_TOKEN" in line
+    def refused(*argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            prepare_paper.main(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2
+        return line
+
+    assert "holds the other FLORES+" in refused(*argv, "--flores", "gated")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    shutil.rmtree(tmp_path / "ig")
+    line = refused(*argv, "--flores", "gated")
+    assert "flores_plus" in line and "HF_TOKEN" in line
     monkeypatch.setenv("HF_TOKEN", "let-me-in")
     prepare_paper.main([*argv, "--flores", "gated"])
     data = read_all(tmp_path)

@@ -337,7 +337,9 @@ def check_downloads(args):
     """Print each source. Return (bytes to download, problems)."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()
     total, problems = 0, []
     for source in wanted_sources(args):
         try:
