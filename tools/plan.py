@@ -348,9 +348,8 @@ def check_downloads(args):
             said = f"download {size / 1e9:8.3f} GB" if size else "in the cache"
         except (OSError, HTTPError) as error:
             said = "not to be had"
-            reason = (
-                f"{' '.join(str(error).split())[:160]}. Is HF_TOKEN set, are its terms accepted?"
-            )
+            why = " ".join(str(error).split())[:160]
+            reason = f"{why}. Is HF_TOKEN set, and are its terms accepted?"
             if HF_HUB_OFFLINE:
                 reason = "it is not in the cache, and HF_HUB_OFFLINE is set"
             problems.append(f"the hub does not give {source.repo}: {reason}")
@@ -398,30 +397,40 @@ def print_hours(args, weights):
     print(f"hours to train one of them, computed at 40% of the peak: {', '.join(hours)}")
 
 
+def plan(args):
+    """Print the plan. Return the problems."""
+    download, problems = check_downloads(args) if args.lang else (0, [])
+    if any(f" {args.model}: " in problem for problem in problems):
+        return problems
+    model = load_skeleton(args.model)
+    config, dtype = model.config.get_text_config(), model.config.dtype
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    fractions = half_of_each_matrix(model, min(args.ratios))
+    if args.mask:
+        fractions = read_mask(args.mask, sizes)
+    if args.profile == "paper":
+        print_table(args, config, sizes, fractions)
+    if args.lang:
+        weights = sum(sizes.values())
+        if args.profile == "paper":
+            print_hours(args, weights)
+        problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
+        problems += check_memory(args, config, sizes, fractions)
+    return problems
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
         return 0
     if args.model == EMBEDDED_MODEL and not Path(args.model).exists():
-        print(
-            "the run makes its model first: 5.6 GB of memory, 0.6 GB of disk for each trained one"
-        )
+        print("the model is made first; it takes 5.6 GB of memory, and 0.6 GB of disk per method")
         return 0
-    download, problems = check_downloads(args) if args.lang else (0, [])
-    if not any(f" {args.model}: " in problem for problem in problems):
-        model = load_skeleton(args.model)
-        config = model.config.get_text_config()
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        if args.mask:
-            fractions = read_mask(args.mask, sizes)
-        else:
-            fractions = half_of_each_matrix(model, min(args.ratios))
-        print_table(args, config, sizes, fractions)
-        if args.lang:
-            weights, dtype = sum(sizes.values()), model.config.dtype
-            print_hours(args, weights)
-            problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
-            problems += check_memory(args, config, sizes, fractions)
+    try:
+        problems = plan(args)
+    except KeyboardInterrupt:
+        print("plan.py: interrupted", file=sys.stderr)
+        return 130
     for problem in problems:
         print(f"does not fit: {problem}")
     return 2 if problems else 0
