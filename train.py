@@ -1,13 +1,14 @@
-"""Stage 3 of SSU: continue pre-training on target-language text while frozen columns stay frozen.
+"""Stage 3 of Source-Shielded Updates (SSU): continue pre-training on target-language text, with the
+weights that a mask selects frozen.
 
-The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). The method
-is one line between the backward pass and gradient clipping:
+The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). For a static
+mask, the method is one line between the backward pass and gradient clipping:
 
     param.grad.mul_(mask)        # 1 = update, 0 = freeze; the mask broadcasts over the parameter
 
 Weight decay is masked as well, because AdamW's decoupled decay moves a weight whose gradient is
-zero. Without --mask, all weights are trained: full fine-tuning (FFT). Two baselines are not static
-masks and have flags of their own: --gmt-ratio and --adalora. --compact gives the same updates for
+zero. Without --mask, all weights are trained: full fine-tuning (FFT). GMT and AdaLoRA are not
+static masks: use --gmt-ratio and --adalora. --compact makes the same updates, up to rounding, with
 less memory. Before saving, every frozen weight is compared with the source model, bit by bit.
 
 On a CPU, in a few minutes:
@@ -18,18 +19,19 @@ On one GPU, as published (`python tools/plan.py --model MODEL` says what fits wh
     python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --precision bf16-true \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
         --compact --gradient-checkpointing --save-every 500
+On four GPUs, the same run: torchrun --nproc_per_node=4 train.py ...
 
-OUT/train.jsonl has the settings in its first line, then a line per log step: step, tokens (so far),
-loss (mean of the step, nats per token), grad_norm (after masking, before clipping), lr,
-ms_per_step, tokens_per_second, peak_memory (bytes), and where held-out text is measured
-source_loss, target_loss (nats per token), source_bpb, target_bpb (bits per byte). The last line
-counts the weights.
+OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, a log step:
+    step, lr, tokens                  tokens: trained on so far
+    loss, grad_norm                   nats per token, mean of the step; masked, before clipping
+    ms_per_step, tokens_per_second    since the start or --resume, without evaluation and saving
+    peak_memory                       bytes
+    {source,target}_{loss,bpb}        held-out text: nats per token, bits per byte
 """
 
 import argparse
 import functools
 import math
-import os
 import shutil
 import sys
 import time
@@ -38,21 +40,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from data.blocks import batch_indices, load_sequences
-from variants import adalora, compact, files, fused_adam, gmt
-from variants.files import fail
+from variants import adalora, compact, distributed, files, fused_adam, gmt
+from variants.distributed import RANK, WORLD, fail
 
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-DTYPES["bf16-true"] = torch.bfloat16
-EVAL_TOKENS = 65536  # held-out tokens to measure, of each side
+PRECISIONS = ("bf16", "bf16-true", "fp16", "fp32")
 
 
 def parse_args(argv=None):  # noqa: C901
@@ -79,26 +77,26 @@ def parse_args(argv=None):  # noqa: C901
     add("--seed", type=int, default=42, help="seed of the order of sequences")
     add = parser.add_argument_group("precision, memory and speed").add_argument
     precision = "autocast over fp32 weights (bf16, fp16); bf16 weights, fp32 moments (bf16-true)"
-    add("--precision", choices=DTYPES, default="bf16", help=precision)
+    add("--precision", choices=PRECISIONS, default="bf16", help=precision)
     add("--compact", action="store_true", help="no gradients or moments for frozen columns")
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--compile", action="store_true", help="torch.compile of each decoder layer")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--timeout", type=float, default=10, help="minutes to wait for a rank that hangs")
     add("--device", choices=devices, default=devices[0], help="device to train on")
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=int, default=10, help="steps between lines of train.jsonl")
     add("--eval-every", type=int, default=500, help="steps between held-out losses (0: ends only)")
+    add("--eval-tokens", type=int, default=65536, help="held-out tokens to evaluate per language")
     add("--save-every", type=int, default=0, help="steps between checkpoints (0: none)")
-    add("--resume", action="store_true", help="continuation from OUT/checkpoint")
+    add("--resume", action="store_true", help="resume from OUT/checkpoint")
     args = parser.parse_args(argv)
     counts = [args.steps, args.batch_size, args.micro_batch_size, args.seq_len - 1, args.log_every]
     if min(counts) < 1:
-        parser.error("--steps, --log-every and batch sizes must be at least 1, --seq-len 2")
+        parser.error("--steps, --log-every and the batch sizes must be at least 1, --seq-len 2")
     for name in ("lr", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0")
-    if args.seed >= 2**32:
-        parser.error("--seed must be below 2^32")
     if not 0 <= args.warmup_ratio <= 1 or not 0 <= (args.gmt_ratio or 0) < 1:
         parser.error("--warmup-ratio must be between 0 and 1, --gmt-ratio at least 0 and below 1")
     if sum([args.mask is not None, args.gmt_ratio is not None, args.adalora]) > 1:
@@ -116,29 +114,36 @@ def parse_args(argv=None):  # noqa: C901
 # Model
 
 
-def build_model(args, masks):
-    """Load the model to be trained. Parameters that are frozen as a whole get no gradient."""
+def build_model(args, masks, config, directory):
+    """Return the model to train. Parameters that are frozen as a whole get no gradient.
+
+    masks: {parameter name: uint8 tensor that broadcasts to it}, 1 = update, 0 = freeze.
+    """
     flash = args.device == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
     options = {"attn_implementation": "flash_attention_2"} if flash else {}
-    dtype = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
-    model = files.load_model(args.model, dtype=dtype, **options).train()
+    options["dtype"] = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
+    if WORLD == 1:
+        model = files.load_model(args.model, config, **options)
+    else:
+        model = distributed.empty_model(config, **options)
     print(f"attention: {model.config._attn_implementation}")
     for name, mask in masks.items():
         model.get_parameter(name).requires_grad_(bool(mask.any()))
     if args.adalora:
         model = adalora.add_adapters(model, args.steps, args.seed)
-    if args.gmt_ratio is not None:
-        gmt.add_hooks(model, files.maskable(model), args.gmt_ratio)
-    if args.compact:  # on the CPU, so that the whole fp32 model never meets the GPU
+    if args.compact:  # on the CPU, so that the full fp32 model is never moved to the GPU
         compact.make_compact(model, masks, args.precision)
-    model.to(args.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if args.compile and isinstance(module, GradientCheckpointingLayer):
-            torch._dynamo.config.recompile_limit = 64  # layers differ in what is frozen
-            module.compile(dynamic=False)
-    return model
+    if args.compile:
+        distributed.compile_layers(model)
+    if WORLD > 1:
+        distributed.shard(model, args.precision)
+        source = distributed.fill(model, args.device, args.model, directory)
+        compact.fill_columns(model, masks, source)
+    if args.gmt_ratio is not None:
+        gmt.add_hooks(model, files.maskable(model), args.gmt_ratio)  # not embeddings, LM head
+    return model.to(args.device).train()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,31 +161,33 @@ def learning_rate(step, args):
 def next_token_loss(model, tokens):
     """Return the summed cross-entropy, in nats, of tokens [batch, seq_len], computed in fp32."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # keeps float64
     return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
 
 
 def accumulate(model, batch, args, autocast, scaler):
-    """Add up the gradients of a batch [batch_size, seq_len] and return its mean loss."""
+    """Add up the gradients of a batch [n, seq_len]. Return the mean loss of the step."""
     loss = torch.zeros((), device=batch.device)
     for micro_batch in batch.split(args.micro_batch_size):
         with autocast():
-            part = next_token_loss(model, micro_batch)
-        part = part / (len(batch) * (args.seq_len - 1))  # its part of the batch's mean
-        loss += part.detach()
+            micro_loss = next_token_loss(model, micro_batch)
+        micro_loss = micro_loss / (args.batch_size * (args.seq_len - 1))  # adds up to the mean
+        loss += micro_loss.detach()
         if args.adalora:
-            part = part + adalora.penalty(model) * len(micro_batch) / len(batch)
-        scaler.scale(part).backward()
-    return loss
+            micro_loss = micro_loss + adalora.penalty(model) * len(micro_batch) / len(batch)
+        scaler.scale(micro_loss * WORLD).backward()  # FSDP averages the gradients of the ranks
+    if args.gmt_ratio is not None:
+        gmt.take_kept(model)
+    return distributed.add_up(loss)
 
 
 @torch.no_grad()
 def heldout_losses(step, model, heldout, args, autocast):
-    """Return the losses of {side: (sequences, counts)} on sequences spread evenly over each."""
+    """Return the losses on held-out text {side: (sequences, counts)}, taken evenly from it."""
     values = {}
     model.eval()
     for side, (sequences, counts) in heldout.items():
-        count = min(len(sequences), max(1, EVAL_TOKENS // args.seq_len))
+        count = min(len(sequences), max(1, args.eval_tokens // args.seq_len))
         chosen = np.linspace(0, len(sequences) - 1, count).astype(int)
         nats = 0.0
         for tokens in sequences[chosen]["input_ids"].to(args.device).split(args.micro_batch_size):
@@ -190,18 +197,25 @@ def heldout_losses(step, model, heldout, args, autocast):
         values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
         tqdm.write(f"step {step}: {side} {bits:.4f} bits per byte, {nats:.4f} nats per token")
     model.train()
+    distributed.reshard(model)
     return values
 
 
 def make_optimizer(model, masks, args):
-    """Return AdamW (Table 8), the list of (param, mask), and the list of (param, mask) to decay.
+    """Return (AdamW of Table 8, masked, decayed), where the last two list (param, mask).
 
-    Matrices decay; norms and biases do not. In bf16-true the optimizer applies the decay itself.
+    Matrices decay; norms and biases do not. `decayed` is empty in bf16-true: there FusedAdam
+    applies weight decay, before it rounds.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masks = {name: masks[name].to(p.device) for name, p in params.items() if name in masks}
-    masked = [(params[name], mask) for name, mask in masks.items()]
-    decayed = [(p, masks.get(name, 1)) for name, p in params.items() if p.dim() > 1]
+    masked, decayed = [], []
+    for name, p in params.items():
+        mask = 1
+        if name in masks:
+            mask = distributed.like(masks[name], p)
+            masked.append((p, mask))
+        if p.dim() > 1:
+            decayed.append((p, mask))
     options = {"lr": args.lr, "betas": (0.9, 0.999), "eps": 1e-8}
     if args.precision == "bf16-true":
         options |= {"weight_decay": args.weight_decay, "decayed": dict(decayed)}
@@ -211,10 +225,11 @@ def make_optimizer(model, masks, args):
 
 
 @torch.no_grad()
-def decay_weights(decayed, amount):
+def decay_weights(decayed, lr_times_decay):
+    """Shrink the trainable weights of matrices (decoupled weight decay)."""
     for param, mask in decayed:
-        if param.grad is not None:  # as AdamW does
-            param.mul_(1 - amount * mask)
+        if param.grad is not None:  # AdamW, too, skips parameters without a gradient
+            param.mul_(1 - lr_times_decay * mask)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,48 +237,56 @@ def decay_weights(decayed, amount):
 
 
 @torch.no_grad()
-def take_over(model, source, masks):
-    """Copy trained weights into `source`; prove that frozen ones did not move (Section 3.3).
+def verify_and_copy(model, source, masks):
+    """Check that frozen weights did not move, and copy trained ones into source (Section 3.3).
 
-    A weight that still is the source's, rounded to the precision of training, keeps the source's
-    bits. Return the numbers of frozen, trainable and moved weights.
+    source: {parameter name: fp32 weights of the source model}. A weight that equals the source's
+    after rounding to the training dtype keeps the source's value, so that no rounding error is
+    saved. Return the numbers of frozen, trainable and moved weights.
     """
-    frozen = trainable = moved = 0
-    for name, p in model.named_parameters():
-        before, now = source.get_parameter(name), p.detach().cpu()
+    counts = torch.zeros(3, dtype=torch.int64)
+    columns = compact.trained_columns(model)
+    for name, before in source.items():
+        p = model.get_parameter(name)
+        before = distributed.local(before)
+        now = distributed.local(p.detach()).to(before.device)
         after = torch.where(now == before.to(now.dtype), before, now.float())
+        if name in columns:
+            index, values = columns[name]
+            after[:, index.to(after.device)] = values.to(after)
         changed = after.view(torch.int32) != before.view(torch.int32)
-        update = masks.get(name, torch.ones(1)).bool().expand(p.shape)
+        mask = distributed.local(distributed.like(masks.get(name, torch.ones(1)), p))
+        update = mask.to(after.device).bool().expand(after.shape)
         if (changed & ~update).any():
             fail(f"frozen weights of {name} moved, nothing is saved. Report this bug of train.py")
         if not torch.isfinite(after).all():
             fail(f"trained weights of {name} are not finite, nothing is saved. Lower --lr")
-        frozen += int((~update).sum())
-        trainable += int(update.sum())
-        moved += int((changed & update).sum())
+        counts += torch.stack([(~update).sum(), update.sum(), (changed & update).sum()]).cpu()
         before.copy_(after)
-    return frozen, trainable, moved
+    return distributed.add_up(counts.to(p.device)).tolist()
 
 
-def prove_and_save(args, model, masks, dtype, directory):
+def prove_and_save(args, model, masks, skeleton, directory):
     """Compare frozen weights with the source model, then write OUT/model."""
-    source = files.load_model(args.model, dtype=torch.float32)
-    if any(not torch.equal(p.to(dtype).float(), p) for p in source.parameters()):
-        dtype = torch.float32  # files finer than config.json says: frozen weights would be rounded
-    if args.compact:
-        compact.make_ordinary(model, source)
+    dtype = skeleton.config.dtype or torch.float32
+    if WORLD == 1:
+        skeleton = files.load_model(args.model, skeleton.config, dtype=torch.float32)
+        source = {name: p.detach() for name, p in skeleton.named_parameters()}
+    else:
+        source = distributed.read_source(model, args.model, directory)
+    if not files.is_exact(source, dtype):
+        dtype = torch.float32  # config.json names a coarser dtype, which would round frozen weights
     if args.adalora:
         model = adalora.merge(model, source)
-    frozen, trainable, moved = take_over(model, source, masks)
+    frozen, trainable, moved = verify_and_copy(model, source, masks)
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source")
     print(f"moved: {moved:,} of {trainable:,} trainable weights")
-    final, temporary = args.out / "model", args.out / "model.tmp"
-    files.save_model(source, directory, temporary, dtype)
+    final = args.out / "model"
+    files.save_model(skeleton, source, dtype, directory, args.out / "model.tmp")
     summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
     summary |= {"peak_memory": files.peak_memory(args.device), "commit": files.git_commit()}
     files.append_line(args.out / "train.jsonl", {"summary": summary})
-    os.replace(temporary, final)  # last, so that model/ is always complete
-    files.remove_checkpoints(args.out)
+    files.finish(args.out)
     print(f"model: {final}; log: {args.out}/train.jsonl")
     print(f"next: python evaluate.py --model {final} --out {args.out}/eval.json --lang LANG ...")
 
@@ -272,9 +295,9 @@ def prove_and_save(args, model, masks, dtype, directory):
 
 
 def check_finite(step, loss, norm, scaler):
-    """Return whether the gradients are finite. Exit with an error if they should be.
+    """Return whether the gradients are finite. If not, exit, unless fp16 can lower its loss scale.
 
-    Only fp16 may overflow: its scaler then leaves out the step and lowers the loss scale.
+    A non-finite gradient shows in the norm even where it is masked, because inf * 0 is NaN.
     """
     finite = bool(torch.isfinite(norm))
     if not torch.isfinite(loss) or not (finite or scaler.get_scale() > 1):
@@ -284,38 +307,49 @@ def check_finite(step, loss, norm, scaler):
 
 
 def train(args, model, masks, sequences, heldout, settings):
-    """Run the loop of Section 3.3. --resume relies on the order of its events."""
-    log, tokens_per_step, seconds = args.out / "train.jsonl", args.batch_size * args.seq_len, 0.0
+    """Run the loop of Section 3.3.
+
+    All that a step depends on follows from its number or is in the checkpoint, so that --resume
+    gives the same bits. A line of the log is written before the checkpoint of its step.
+    """
+    log = args.out / "train.jsonl"
+    tokens_per_step = args.batch_size * args.seq_len
+    seconds = 0.0
     optimizer, masked, decayed = make_optimizer(model, masks, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    options = {"dtype": DTYPES[args.precision], "enabled": args.precision in ("bf16", "fp16")}
-    options["cache_enabled"] = False  # the cache would keep a copy of all weights
-    autocast = functools.partial(torch.autocast, args.device, **options)
+    autocast = functools.partial(
+        torch.autocast,
+        args.device,
+        dtype=torch.float16 if args.precision == "fp16" else torch.bfloat16,
+        enabled=args.precision in ("bf16", "fp16"),
+        cache_enabled=False,  # the cache would keep a copy of all weights
+    )
     start = files.load_checkpoint(args.out, model, optimizer, scaler) if args.resume else 0
-    compact.write_columns(model)
+    compact.write_columns(model)  # a checkpoint has only the trainable columns of a matrix
     files.start_log(log, {"settings": settings, "arguments": vars(args)}, start)
     if start == 0:
         files.append_line(log, {"step": 0} | heldout_losses(0, model, heldout, args, autocast))
 
-    bar = tqdm(range(start, args.steps), "train", args.steps, initial=start, unit="step")
-    for step in bar:
+    bar = tqdm(total=args.steps, desc="train", unit="step", initial=start, disable=RANK > 0)
+    for step in range(start, args.steps):
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if any, resumes alike
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # of dropout, if there is any
 
         # Forward and backward, accumulated over micro-batches
         indices = batch_indices(step, args.batch_size, len(sequences), args.seed)
-        batch = sequences[indices]["input_ids"].to(args.device)
+        batch = sequences[distributed.mine(indices)]["input_ids"].to(args.device)
         loss = accumulate(model, batch, args, autocast, scaler)
         scaler.unscale_(optimizer)
 
-        # The method: a frozen weight gets no gradient (b_ij of Section 3.3)
+        # The method: a frozen weight gets no gradient
         for param, mask in masked:
             if param.grad is not None:
                 param.grad.mul_(mask)
 
-        # Clip. inf * 0 is NaN, so a non-finite gradient shows in the norm even where it is masked
+        # Clip by the norm of all gradients, over all ranks
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        norm = distributed.full(norm)
         finite = check_finite(step, loss, norm, scaler)
 
         # Decoupled weight decay of trainable weights alone, then Adam
@@ -323,15 +357,16 @@ def train(args, model, masks, sequences, heldout, settings):
             decay_weights(decayed, lr * args.weight_decay)
         scaler.step(optimizer)
         scaler.update()
-        compact.write_columns(model, trained=True)
-        if args.adalora and finite:
+        compact.write_columns(model, check_gradients=args.compact)
+        if args.adalora:
             model.base_model.update_and_allocate(step)  # reads the gradients
         optimizer.zero_grad()
 
         # Log, measure, save
         done = step + 1
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)  # waits for the GPU
+        bar.update()
         seconds += time.perf_counter() - began
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         measured = done == args.steps or (args.eval_every and done % args.eval_every == 0)
         if measured or done % args.log_every == 0:
             line = {
@@ -351,74 +386,52 @@ def train(args, model, masks, sequences, heldout, settings):
             files.save_checkpoint(args.out, done, model, optimizer, scaler, settings)
 
 
-def check_fit(args, model, masks):
-    """Exit with an error if the model or the masks do not allow what the arguments ask for."""
-    matrices = [masks[name] for name in files.maskable(model) & masks.keys()]
-    if args.compact and any(mask.dim() == 2 and len(mask) > 1 for mask in matrices):
-        fail(f"--compact: {args.mask} freezes rows or elements, not columns. Leave --compact out")
-    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and args.seq_len > context:
-        fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
-
-
-def resume_settings(args, model_key, data_key, masks):
-    """Return what a run that resumes must share with the interrupted one, to reach its bits."""
-    free = {"model", "data", "mask", "source_eval", "target_eval"}  # compared by content, if at all
-    free |= {"out", "eval_every", "log_every", "save_every", "resume"}
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings |= {"model": model_key, "data": data_key, "mask": files.digest_of(masks)}
-    settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    if args.device == "cpu":
-        settings["threads"] = torch.get_num_threads()
-        settings["cpu"] = torch.backends.cpu.get_cpu_capability()
-    return settings
-
-
 def run(args):
     # Check everything that needs no weights
     skeleton, tokenizer, directory = files.load_skeleton(args.model)
     masks = files.load_masks(args.mask, skeleton) if args.mask else {}
-    check_fit(args, skeleton, masks)
+    files.check_fit(args, skeleton, masks)
     files.check_out(args.out, args.resume)
 
     # Read the text
     model_key = files.model_key(skeleton, directory)
     read = functools.partial(load_sequences, tokenizer, model_key, args.seq_len)
-    sequences, counts = read("--data", args.data)
     heldout = {}
-    if args.source_eval:
-        heldout["source"] = read("--source-eval", args.source_eval)
-    if args.target_eval:
-        heldout["target"] = read("--target-eval", args.target_eval)
-    settings = resume_settings(args, model_key, counts["key"], masks)
+    with distributed.rank_zero_first():
+        sequences, counts = read("--data", args.data)
+        if args.source_eval:
+            heldout["source"] = read("--source-eval", args.source_eval)
+        if args.target_eval:
+            heldout["target"] = read("--target-eval", args.target_eval)
+    settings = files.resume_settings(args, model_key, counts["key"], masks)
     if args.resume:
         files.check_checkpoint(args.out, settings)
 
     # Say what will be done
-    total, drawn = sum(p.numel() for p in skeleton.parameters()), args.steps * args.batch_size
+    total = sum(p.numel() for p in skeleton.parameters())
+    num_drawn = args.steps * args.batch_size
     first = sequences[batch_indices(0, 1, len(sequences), args.seed)[0]]["input_ids"]
-    frozen = 0.0
+    frozen = 0.0  # weights
     for name, mask in masks.items():
         frozen += (mask == 0).float().mean().item() * skeleton.get_parameter(name).numel()
     print(f"{args.model}: {total:,} parameters, {frozen / total:.1%} of them frozen by the masks")
-    print(f"{args.precision} on {args.device}, seed {args.seed}")
+    print(f"{args.precision} on {args.device} x {WORLD}, seed {args.seed}")
     print(f"first sequence: {tokenizer.decode(first)!r}")
     print(
         f"{args.steps:,} steps x {args.batch_size} sequences x {args.seq_len} tokens = "
-        f"{drawn * args.seq_len:,} tokens, {drawn / len(sequences):.2f} epochs"
+        f"{num_drawn * args.seq_len:,} tokens, {num_drawn / len(sequences):.2f} epochs"
     )
 
     # Train, prove, save
-    with files.locked(args.out):
-        model = build_model(args, masks)
+    with files.locked(args.out, args.resume):
+        model = build_model(args, masks, skeleton.config, directory)
         train(args, model, masks, sequences, heldout, settings)
-        prove_and_save(args, model, masks, skeleton.config.dtype or torch.float32, directory)
+        prove_and_save(args, model, masks, skeleton, directory)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    distributed.start(args)
     try:
         run(args)
     except (OSError, SafetensorError, CheckpointException) as error:  # a full disk, for instance

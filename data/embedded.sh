@@ -14,5 +14,5 @@ calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 512)
 texts=("$target/train.jsonl" "$en/heldout.jsonl" "$target/heldout.jsonl")
 train_options=(--data "$target/train.jsonl" --source-eval "$en/heldout.jsonl"
     --target-eval "$target/heldout.jsonl" --eval-every 16 "${batch[@]}"
-    --lr 5e-4 --save-every 16)
+    --lr 5e-4 --save-every 16 --eval-tokens 4096)
 evaluate_options=(--num-samples 100 --greedy --max-new-tokens 32 --batch-tokens 16384)

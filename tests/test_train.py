@@ -299,6 +299,7 @@ def test_gmt_drops_exactly_the_share():
         cut = gmt.drop_smallest(grad, ratio)
         assert (cut != 0).sum() == left and torch.equal(cut[cut != 0], grad[cut != 0])
         assert ratio == 0 or cut[cut != 0].abs().min() >= grad[cut == 0].abs().max()
+    assert (gmt.drop_smallest(grad.bfloat16(), 0.5) != 0).sum() <= 32
     tied = torch.tensor([[1.0, -1.0, 2.0], [1.0, 3.0, -4.0]])
     assert gmt.drop_smallest(tied, 0.34).tolist() == [[0, 0, 2], [0, 3, -4]]
     broken = torch.tensor([[1.0, float("nan"), 2.0, float("inf")]])
@@ -348,14 +349,15 @@ def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     )  # pruned from 12 to Table 8's average of 8
 
 
-def test_adalora_refuses_to_save_a_frozen_weight_that_moved(olmo2):
+def test_adalora_refuses_to_save_a_frozen_weight_that_moved(olmo2, capsys):
     source = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
     model = adalora.add_adapters(
         AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 6, 42
     )
     model.base_model.model.model.norm.weight.data[3] += 1
-    with pytest.raises(ValueError, match="model.norm.weight is frozen"):
-        adalora.merge(model, source)
+    with pytest.raises(SystemExit):
+        adalora.merge(model, dict(source.named_parameters()))
+    assert "model.norm.weight is frozen" in capsys.readouterr().err
 
 
 def test_adalora_penalty_equals_the_one_of_peft(olmo2):
@@ -790,7 +792,7 @@ def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, capsys):
 
 def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with files.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out", False):
         assert "another train.py" in refused(capsys, *arguments(olmo2, text, tmp_path / "out"))
 
 
@@ -841,7 +843,6 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, c
         (["--lr", "nan"], "--lr"),
         (["--max-grad-norm", "-1"], "--max-grad-norm"),
         (["--seed", "-1"], "--seed"),
-        (["--seed", str(10**14)], "--seed"),
         (["--device", "gpu"], "invalid choice"),
         (["--seq-len", "1024"], "takes at most 512 tokens"),
     ):

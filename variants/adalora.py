@@ -6,6 +6,8 @@ import importlib.util
 
 import torch
 
+from variants.distributed import fail
+
 
 def check(args, error):
     """Call error(message) if the other arguments do not allow AdaLoRA."""
@@ -64,7 +66,7 @@ def penalty(model):
 
 
 def merge(model, source):
-    """Return the ordinary model, its adapters merged. Raise ValueError if a frozen weight moved."""
+    """Return the model with adapters merged. Exit with an error if a frozen weight moved."""
     trained = {
         id(module.weight)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -73,8 +75,6 @@ def merge(model, source):
         if ".lora_" in name or ".ranknum." in name or id(p) in trained:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if not torch.equal(p.detach().cpu(), source.get_parameter(name).detach()):
-            raise ValueError(
-                f"{name} is frozen under AdaLoRA, but it changed. Please report this bug"
-            )
+        if not torch.equal(p.detach().cpu(), source[name].detach()):
+            fail(f"{name} is frozen under AdaLoRA, but it changed. Please report this bug")
     return model.merge_and_unload()

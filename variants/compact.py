@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from variants.distributed import local
 from variants.files import fail
 
 
@@ -51,7 +52,7 @@ class CompactLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         self.weight = nn.Parameter(weight.to(low), requires_grad=False)  # [d_out, d_in]
-        self.columns = nn.Parameter(select(weight, index).to(high))  # [d_out, k]
+        self.columns = nn.Parameter(select(weight, index.to(weight.device)).to(high))  # [d_out, k]
         self.bias = linear.bias
         self.register_buffer("index", index, persistent=False)  # [k]
 
@@ -59,6 +60,11 @@ class CompactLinear(nn.Module):
         if not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         return SelectedColumns.apply(x, self.weight, self.columns, self.bias, self.index)
+
+
+def trainable(mask, weight):
+    """Return the trainable columns of a weight [d_out, d_in] by its mask [1, d_in]: [k]."""
+    return mask[0].expand(weight.shape[1]).nonzero()[:, 0]
 
 
 def make_compact(model, masks, precision):
@@ -74,7 +80,7 @@ def make_compact(model, masks, precision):
         high = module.weight.dtype
         low = torch.bfloat16 if precision == "bf16" else high
         if mask.any():
-            index = mask[0].expand(module.in_features).nonzero()[:, 0]
+            index = trainable(mask, module.weight)
             model.set_submodule(name, CompactLinear(module, index, low, high))
         else:
             module.weight.requires_grad_(False)
@@ -82,41 +88,35 @@ def make_compact(model, masks, precision):
 
 
 @torch.no_grad()
-def write_columns(model, trained=False):
+def write_columns(model, check_gradients=False):
     """Copy the columns into the matrices that the forward pass reads.
 
-    After a step (`trained`), a matrix whose columns got no gradient is an error: the model reads
-    its weight without calling its nn.Linear, so that it would stay untrained.
+    With check_gradients, a matrix whose columns got no gradient is an error: the model reads its
+    weight without calling its nn.Linear, so that the matrix would not be trained.
     """
     for name, module in model.named_modules():
         if isinstance(module, CompactLinear):
-            if trained and module.columns.grad is None:
+            if check_gradients and module.columns.grad is None:
                 fail(
                     f"--compact: {name} got no gradient: the model does not call it. Omit --compact"
                 )
-            index = module.index.expand(len(module.weight), -1)
-            module.weight.scatter_(1, index, module.columns.to(module.weight.dtype))
+            weight, columns = local(module.weight), local(module.columns)
+            weight.scatter_(1, module.index.expand(len(weight), -1), columns.to(weight.dtype))
+
+
+def trained_columns(model):
+    """Return {name of a compact weight: (index [k], columns [rows of this rank, k])}."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompactLinear):
+            found[f"{name}.weight"] = module.index, local(module.columns.detach())
+    return found
 
 
 @torch.no_grad()
-def make_ordinary(model, source):
-    """Turn every CompactLinear back into an nn.Linear in fp32, on the CPU.
-
-    A frozen weight that is still the source's value, rounded, becomes the source's value again. One
-    that had changed keeps its change, for the check of frozen weights to find.
-    """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, CompactLinear):
-            continue
-        before = source.get_parameter(f"{name}.weight").detach()
-        now = module.weight.detach().cpu()
-        full = torch.where(now == before.to(now.dtype), before, now.float())
-        index = module.index.cpu().expand(len(full), -1)
-        full.scatter_(1, index, module.columns.detach().cpu().float())
-        linear = nn.Linear(
-            full.shape[1], full.shape[0], bias=module.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(full)
-        if module.bias is not None:
-            linear.bias = module.bias
-        model.set_submodule(name, linear)
+def fill_columns(model, masks, source):
+    """Fill columns and indices of a model that was built without weights, from {name: weight}."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompactLinear):
+            module.index.copy_(trainable(masks[f"{name}.weight"], module.weight))
+            local(module.columns).copy_(select(local(source[f"{name}.weight"]), module.index))

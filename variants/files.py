@@ -23,17 +23,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from variants.distributed import RANK, WORLD, add_up, barrier, fail, full, local
+
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    tqdm.write(f"train.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def sha256_of(paths):
@@ -94,8 +89,9 @@ def load_skeleton(name):
     return model, tokenizer, directory
 
 
-def load_model(name, **options):
-    """Return the model. Exit with an error if its files lack a tensor, which would be random."""
+def load_model(name, config, **options):
+    """Return the model, of the commit of config. Exit with an error if its files lack a tensor."""
+    options["revision"] = getattr(config, "_commit_hash", None) or "main"
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
@@ -119,11 +115,28 @@ def model_key(model, directory):
     return commit or sha256_of([path for path in paths if path.suffix not in OTHER_FORMATS])
 
 
-def save_model(model, directory, out, dtype):
-    """Write weights in `dtype`, and every other file of the source byte for byte."""
+def is_exact(source, dtype):
+    """Return whether {name: weights} can be stored in dtype without rounding. For all ranks."""
+    rounded = torch.zeros(1, device=next(iter(source.values())).device)
+    for weight in source.values():
+        rows = local(weight)
+        rounded += (rows != rows.to(dtype).float()).any()
+    return add_up(rounded).item() == 0
+
+
+@torch.no_grad()
+def save_model(model, source, dtype, directory, out):
+    """Write {name: weights} in `dtype`, and the source's other files as they are. For all ranks."""
+    state = {}
+    for name, weight in source.items():
+        whole = full(weight)
+        if RANK == 0:
+            state[name] = whole.to(dtype).cpu()
+    if RANK > 0:
+        return
     shutil.rmtree(out, ignore_errors=True)
     model.generation_config = transformers.GenerationConfig()  # the source's is copied below
-    model.to(dtype).save_pretrained(out)
+    model.to(dtype).save_pretrained(out, state_dict=state)
     for file in directory.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.suffix not in OTHER_FORMATS:
@@ -167,20 +180,37 @@ def load_masks(path, model):
     return masks
 
 
+def check_fit(args, model, masks):
+    """Exit with an error if the model or the masks do not allow what the arguments ask for."""
+    matrices = [masks[name] for name in maskable(model) & masks.keys()]
+    if args.compact and any(mask.dim() == 2 and len(mask) > 1 for mask in matrices):
+        fail(f"--compact: {args.mask} freezes rows or elements, not columns. Leave --compact out")
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and args.seq_len > context:
+        fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
+
+
 # --------------------------------------------------------------------------------------------------
 # OUT: lock and log
 
 
 @contextlib.contextmanager
-def locked(out):
-    """Create OUT and keep other runs from writing there."""
+def locked(out, resume):
+    """Create OUT and keep other runs from writing to it."""
+    if RANK > 0:
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
-        fail(f"--out {out}: another train.py writes there. Wait for it, or choose another one")
+        fail(f"--out {out}: another train.py writes to it. Wait, or choose another directory")
+    try:
+        check_out(out, resume)  # again: another run may have ended since
+        yield
     finally:
         os.close(lock)
 
@@ -203,20 +233,31 @@ def check_out(out, resume):
         fail(f"--out {out}: holds files that train.py did not write. Choose another directory")
 
 
+def finish(out):
+    """Give the complete model its name, then remove the checkpoint that is no longer needed."""
+    if RANK == 0:
+        os.replace(out / "model.tmp", out / "model")
+        remove_checkpoints(out)
+
+
 def start_log(path, header, start):
     """Begin train.jsonl anew, or keep its readable lines up to step `start`."""
+    if RANK > 0:
+        return
     lines = [json.dumps(header, default=str)]
     old = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if start else []
     for line in old:
         try:
             if json.loads(line)["step"] <= start:
                 lines.append(line)
-        except (ValueError, KeyError, TypeError):  # the line that a kill cut off
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut off, or the count
             continue
     write_atomically(path, "\n".join(lines) + "\n")
 
 
 def append_line(path, values):
+    if RANK > 0:
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
@@ -246,35 +287,55 @@ def state_of(model, optimizer):
     return state
 
 
+def resume_settings(args, model_key, data_key, masks):
+    """Return what must be the same on --resume. On a CPU the result is then bit-identical."""
+    ignored = {"out", "eval_every", "eval_tokens", "log_every", "save_every", "resume", "timeout"}
+    ignored |= {"source_eval", "target_eval"} | {"model", "data", "mask"}  # their contents count
+    settings = {name: value for name, value in vars(args).items() if name not in ignored}
+    settings |= {"model": model_key, "data": data_key, "mask": digest_of(masks)}
+    settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    if args.device == "cpu":
+        settings["threads"] = torch.get_num_threads()
+        settings["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return settings
+
+
 def save_checkpoint(out, step, model, optimizer, scaler, settings):
     """Write the checkpoint of a step and remove older ones. Exit with an error if not finite."""
     state = state_of(model, optimizer)
     if not all(torch.isfinite(value).all() for value in state.values()):
         fail(f"step {step}: weights are not finite. Lower --lr; what was saved before is intact")
-    temporary, final = (out / f"checkpoint/step-{step}{end}" for end in (".tmp", ""))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final = out / f"checkpoint/step-{step}"
+    temporary = final.with_suffix(".tmp")
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=True)
-    about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
-    about["files"] = tensor_digests(temporary)
-    write_atomically(temporary / "checkpoint.json", json.dumps(about))
-    os.replace(temporary, final)
-    remove_checkpoints(out, keep=final)
+    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    if RANK == 0:
+        about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
+        about["files"] = tensor_digests(temporary)
+        write_atomically(temporary / "checkpoint.json", json.dumps(about))
+        os.replace(temporary, final)
+        remove_checkpoints(out, keep=final)
+    barrier()
 
 
 def load_checkpoint(out, model, optimizer, scaler):
     """Fill weights and moments in place. Return the number of finished steps."""
     path = newest_checkpoint(out)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
+    reader = HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    for name, p in model.named_parameters():
+        if f"exp_avg/{name}" in saved:  # not if the parameter never got a gradient
             zeros = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-            optimizer.state[p] = {"step": torch.zeros(())} | moments
-    reader = HuggingFaceStorageReader(str(path))
-    dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=True)
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
     about = json.loads((path / "checkpoint.json").read_text())
     scaler.load_state_dict(about["scaler"])
+    print(f"resumed after step {about['step']}")
     return about["step"]
 
 

@@ -4,23 +4,42 @@ import functools
 
 import numpy as np
 
+from variants.distributed import full
+
 
 def drop_smallest(grad, ratio):
-    """Return grad [d_out, d_in] with the fraction `ratio` that is smallest in size set to zero."""
-    size = grad.abs().flatten()
+    """Return grad [d_out, d_in] with the fraction `ratio` that is smallest in size set to zero.
+
+    The threshold is that of the whole matrix, even if several ranks share its rows.
+    """
+    size = full(grad).abs().flatten()
     dropped = int(ratio * len(size))
     if dropped == 0:
         return grad
     if size.device.type == "cpu":  # torch.kthvalue takes 60 times as long
-        threshold = float(np.partition(size.numpy(), dropped - 1)[dropped - 1])
+        threshold = float(np.partition(size.float().numpy(), dropped - 1)[dropped - 1])
     else:
-        threshold = size.sort().values[dropped - 1]
+        threshold = size.sort().values[dropped - 1].item()
     return grad * (grad.abs() > threshold)
 
 
 def add_hooks(model, names, ratio):
-    """Cut the gradients of the matrices `names` in hooks, so that each micro-batch is cut alone."""
+    """Cut the gradients of the matrices `names` after each micro-batch, before they are added."""
     for name in names:
         if model.get_parameter(name).dim() > 1:
-            hook = functools.partial(drop_smallest, ratio=ratio)
-            model.get_parameter(name).register_hook(hook)
+            hook = functools.partial(keep_largest, ratio=ratio)
+            model.get_parameter(name).register_post_accumulate_grad_hook(hook)
+
+
+def keep_largest(param, ratio):
+    """Move the largest gradients of a micro-batch from param.grad to param.kept."""
+    kept = drop_smallest(param.grad, ratio)
+    param.grad = None
+    param.kept = param.kept + kept if getattr(param, "kept", None) is not None else kept
+
+
+def take_kept(model):
+    """Let param.grad be what was kept of all micro-batches."""
+    for param in model.parameters():
+        if getattr(param, "kept", None) is not None:
+            param.grad, param.kept = param.kept, None

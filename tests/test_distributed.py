@@ -1,0 +1,167 @@
+"""train.py under torchrun on gloo: the run of one process, whatever the number of ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_train import arguments, log_of, make_masks, static_mask, weights
+
+import train
+from variants import files
+
+RUN = ["--steps", "8", "--weight-decay", "0.1", "--micro-batch-size", "1"]
+
+
+def torchrun(ranks, *argv, script="train.py", **options):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / script), *map(str, argv)]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finished(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode == 0) == (code == 0), err[-3000:]
+    return out, err
+
+
+def distance(a, b):
+    """The norm of the difference of two sets of weights, relative to their norm."""
+    difference = sum((a[name].double() - b[name].double()).pow(2).sum() for name in b)
+    return (difference / sum(b[name].double().pow(2).sum() for name in b)).sqrt().item()
+
+
+def frozen_weights_are_those_of(source, trained, mask):
+    before = load_file(source / "model.safetensors")
+    for name, update in load_file(mask).items():
+        keep = update.expand(before[name].shape) == 0
+        assert torch.equal(before[name][keep], trained[name][keep]), name
+
+
+def test_two_ranks_make_the_run_of_one(olmo2, chats, text, tmp_path):
+    """Less apart than two runs of one process that add up gradients in another order."""
+    mask = make_masks(olmo2, chats, tmp_path)
+    more = [*RUN, "--mask", mask, "--source-eval", chats]
+    process = torchrun(2, *arguments(olmo2, text, tmp_path / "two", *more))
+    train.main(arguments(olmo2, text, tmp_path / "one", *more))
+    train.main(arguments(olmo2, text, tmp_path / "other", *more, "--micro-batch-size", "4"))
+    out, _ = finished(process)
+    one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
+    assert distance(two, one) < 3 * distance(other, one)
+    frozen_weights_are_those_of(olmo2, two, mask)
+    logs = [log_of(tmp_path / name) for name in ("one", "two")]
+    for line, same in zip(*(log[1:-1] for log in logs), strict=True):
+        assert same.get("loss") == pytest.approx(line.get("loss"), abs=1e-5)
+        assert same.get("tokens") == line.get("tokens")
+    for key in ("frozen_verified", "trainable"):
+        assert logs[0][-1]["summary"][key] == logs[1][-1]["summary"][key]
+    assert out.count("verified:") == 1  # only rank 0 prints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "method", ["wanda", "wanda-row", "wanda-element", "hft", "compact", "fft", "gmt", "recompute"]
+)
+def test_the_loop_in_float64(method, kind, ranks, chats, text, tmp_path, request):
+    model = request.getfixturevalue(kind)
+    more = [*RUN, "--micro-batch-size", "1"]
+    if method == "gmt":
+        more += ["--gmt-ratio", "0.5"]
+    elif method == "recompute":
+        more += ["--gradient-checkpointing"]
+    elif method == "compact":
+        more += ["--compact", "--mask", static_mask("wanda", model, chats, tmp_path / "mask")]
+    elif method != "fft":
+        more += ["--mask", static_mask(method, model, chats, tmp_path / "mask")]
+    found = []
+    for count in (1, ranks):
+        out = tmp_path / str(count)
+        # GMT cuts the gradients of a micro-batch, which all ranks share.
+        size = ["--micro-batch-size", ranks // count]
+        argv = arguments(model, text, out, *more, *size)
+        script = "tests/rank_in_double.py"
+        finished(torchrun(count, tmp_path / f"{count}.safetensors", *argv, script=script))
+        found.append(load_file(tmp_path / f"{count}.safetensors"))
+    assert distance(found[1], found[0]) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+@pytest.mark.parametrize("more", [[], ["--compact"]], ids=" ".join)
+def test_frozen_bits_in_bf16(precision, more, llama, chats, text, tmp_path):
+    mask = make_masks(llama, chats, tmp_path)
+    more = [*RUN, *more, "--mask", mask, "--precision", precision]
+    finished(torchrun(2, *arguments(llama, text, tmp_path / "out", *more)))
+    frozen_weights_are_those_of(llama, weights(tmp_path / "out"), mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first,second", [(2, 1), (1, 2), (2, 4), (2, 2)])
+@pytest.mark.parametrize("more", [[], ["--compact"]], ids=" ".join)
+def test_resume_with_any_number_of_ranks(first, second, more, olmo2, chats, text, tmp_path):
+    """Killed after a checkpoint; as many ranks as before then give the same bits."""
+    mask = make_masks(olmo2, chats, tmp_path)
+    more = [*RUN, *more, "--mask", mask, "--save-every", "3", "--steps", "200"]
+    out = tmp_path / "killed"
+    process = torchrun(first, *arguments(olmo2, text, out, *more), start_new_session=True)
+    while not files.newest_checkpoint(out):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # the ranks are children of torchrun: they end when it is gone
+    finished(torchrun(second, *arguments(olmo2, text, out, *more, "--resume")))
+    finished(torchrun(first, *arguments(olmo2, text, tmp_path / "whole", *more)))
+    killed, whole = weights(out), weights(tmp_path / "whole")
+    frozen_weights_are_those_of(olmo2, killed, mask)
+    if first == second:
+        assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    else:
+        assert distance(killed, whole) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_job(how, olmo2, text, tmp_path):
+    more = [*RUN, "--steps", "100000", "--timeout", "0.1", "--save-every", "5"]
+    process = torchrun(2, *arguments(olmo2, text, tmp_path / "out", *more))
+    while not files.newest_checkpoint(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), how)
+    _, err = finished(process, code=1)
+    assert err.count("train.py: error:") <= 1
+    assert files.newest_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_what_several_ranks_cannot_do_is_refused(olmo2, text, tmp_path):
+    for more, message in (
+        (["--batch-size", "3"], "not a multiple of the 2 ranks"),
+        (["--precision", "fp16"], "one process"),
+        (["--data", "nowhere.jsonl"], "no such file"),
+    ):
+        process = torchrun(2, *arguments(olmo2, text, tmp_path / "out", *more))
+        _, err = finished(process, code=1)
+        (line,) = [line for line in err.splitlines() if "train.py: error" in line]
+        assert message in line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,169 @@
+"""Several GPUs: `torchrun --nproc_per_node=N train.py ...`. A single process needs none of this.
+
+PyTorch's fully_shard (FSDP2) splits each parameter by rows over the ranks, with its gradient and
+Adam's moments. The global batch, the order of tokens and the schedule are those of one process.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+NOTHING = torch.empty(0)
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    if RANK == 0:
+        line = " ".join(str(message).split())[:500]
+        tqdm.write(f"train.py: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def start(args):
+    """Join the other ranks. Exit with an error if the arguments do not allow several."""
+    if WORLD == 1:
+        return
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}: not a multiple of the {WORLD} ranks. Change it")
+    if args.adalora or args.precision == "fp16":
+        fail("--adalora and --precision fp16 run in one process. Start without torchrun")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def barrier():
+    """Wait for the other ranks."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+@contextmanager
+def rank_zero_first():
+    """Run the body on rank 0, then on the others, which find its files."""
+    if RANK > 0:
+        barrier()
+    yield
+    if RANK == 0:
+        barrier()
+
+
+def add_up(tensor):
+    """Add up a tensor over the ranks, in place, and return it."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mine(items):
+    """Return this rank's part of a list that all ranks share."""
+    return items[RANK::WORLD]
+
+
+def local(tensor):
+    """Return the rows of a tensor that this rank holds: a view, all rows in a single process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor):
+    """Return a whole tensor. All ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(mask, param):
+    """Return a mask laid out like its parameter, so that products with it need no communication."""
+    mask = mask.to(param.device)
+    if not isinstance(param, DTensor):
+        return mask
+    by_rows = mask.shape[0] == param.shape[0] > 1
+    placement = [Shard(0) if by_rows else Replicate()]
+    return distribute_tensor(mask, param.device_mesh, placement, src_data_rank=None)
+
+
+def shard(model, precision):
+    """Split a model over the ranks: each decoder layer is a unit, and all else is one.
+
+    Under autocast, linear layers are gathered in bf16: the same bits for half of the bytes.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        if precision == "bf16":
+            matrices = [m for m in layer.modules() if getattr(m, "weight", NOTHING).dim() == 2]
+            fully_shard(matrices, mp_policy=bf16)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def reshard(model):
+    """Give up what a forward pass without a backward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def read_source(model, name, directory):
+    """Return {parameter name: fp32 weights of the source, laid out as the model's}.
+
+    Each rank reads its rows from the safetensors files.
+    """
+    if not Path(name).is_dir():
+        with rank_zero_first():
+            snapshot_download(name, allow_patterns="*.safetensors")
+    source = {}
+    for key, p in model.named_parameters():
+        if not key.endswith(".columns"):
+            source[key] = torch.zeros_like(p, dtype=torch.float32, device=p.device).detach()
+    try:
+        dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
+    except (RuntimeError, KeyError) as error:
+        fail(f"--model {name}: cannot be read by several ranks ({error}). Start without torchrun")
+    return source
+
+
+@torch.no_grad()
+def fill(model, device, name, directory):
+    """Fill a sharded model without weights from the source's files. Return the source's weights."""
+    model.to_empty(device=device)
+    for module in model.modules():
+        if module._buffers:  # rotary frequencies, which no file holds
+            model._init_weights(module)
+    source = read_source(model, name, directory)
+    for key, p in model.named_parameters():
+        if key in source:
+            p.copy_(source[key])
+    return source
+
+
+def empty_model(config, **options):
+    """Return the model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def compile_layers(model):
+    """Compile each decoder layer by itself."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    torch._dynamo.config.recompile_limit = 8 + len(layers)  # layers differ in what is frozen
+    for layer in layers:
+        layer.compile(dynamic=False)
