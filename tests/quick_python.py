@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 argv = sys.argv[1:]
@@ -70,6 +71,12 @@ def serve(listener, parent):
         client.close()
 
 
+def is_ours(module):
+    return str(getattr(module, "__file__", None)).startswith(f"{ROOT}/") and ".venv" not in str(
+        module
+    )
+
+
 def run(client):
     """Run the script of a client, send its exit code and exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -83,6 +90,8 @@ def run(client):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    for name in [name for name, m in sys.modules.items() if is_ours(m)]:
+        del sys.modules[name]  # the script imports them under its own environment
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).resolve().parent)
     code = 1

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import forked, tiny_model
 from safetensors.torch import load_file
 from test_train import (
+    SLOW_KINDS,
     arguments,
     log_of,
     make_masks,
@@ -27,7 +28,7 @@ from variants import compact, files
 from variants.fused_adam import FusedAdam
 
 
-@pytest.fixture(scope="module", params=["olmo2", "llama", "qwen2"])
+@pytest.fixture(scope="module", params=["qwen2", *SLOW_KINDS])
 def sources(request, chats, tmp_path_factory):
     """(folder of a model, its column mask), of each kind: q and k norms, tied embeddings,
     biases.

@@ -1,102 +1,24 @@
 """Data and models of the hub, through its real clients, against the stand-in of hub.py."""
 
-import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from conftest import TEXT
-from hub import COMMIT, HUB, REQUESTS
+from hub import HUB, REQUESTS
 from paper_hub import configs, put_harness_data, put_madlad, put_parquet, put_rows, put_tulu, served  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import score
 import train
-from data import blocks
+from data import blocks, calibration
 
 TULU, ALPACA, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "tatsu-lab/alpaca", "allenai/MADLAD-400"
 
 
-def test_tulu_is_drawn_from_all_parts_recorded_and_not_fetched_again(
-    served, olmo2, tmp_path, capsys
-):
-    chats = put_tulu(served)
-    argv = ["--model", str(olmo2), "--data", "tulu", "--seq-len", "64", "--seed", "7", "--out"]
-    score.main([*argv, str(tmp_path / "a.safetensors"), "--num-samples", "200"])
-    drawn = [
-        json.loads(line)
-        for line in (tmp_path / "calibration-tulu-7.jsonl").read_text().splitlines()
-    ]
-    assert "rows drawn from the hub" in capsys.readouterr().out
-    for row in drawn:
-        original = chats[200 * row["file"] + row["row"]]
-        assert (row["id"], row["messages"], row["data"]) == (
-            original["id"],
-            original["messages"],
-            f"{TULU}@{COMMIT}",
-        )
-        assert "source" not in row
-    places = [row["id"] for row in drawn]
-    assert (
-        len(set(places)) == len(places)
-        and {row["file"] for row in drawn} == {0, 1, 2}
-        and places != sorted(places)
-    )
-
-    # the same tokens as those rows in a file give, in their order
-    tokenizer, ids = AutoTokenizer.from_pretrained(olmo2), []
-    for row in drawn:
-        ids += tokenizer.apply_chat_template(row["messages"], return_dict=False)
-    tokens = score.calibration_tokens("tulu", tokenizer, 200, 64, 7, tmp_path)
-    assert tokens.flatten().tolist() == ids[: 200 * 64]
-
-    asked = len(REQUESTS)
-    score.main([*argv, str(tmp_path / "b.safetensors"), "--num-samples", "200"])
-    score.main(
-        [*argv, str(tmp_path / "c.safetensors"), "--num-samples", "50", "--method", "sparsegpt"]
-    )
-    assert len(REQUESTS) == asked
-    for name, tensor in load_file(tmp_path / "a.safetensors").items():
-        assert tensor.equal(load_file(tmp_path / "b.safetensors")[name])
-    score.main(
-        [*argv, str(tmp_path / "d.safetensors"), "--num-samples", "210"]
-    )  # more: goes on in the same order
-    more = [
-        json.loads(line)
-        for line in (tmp_path / "calibration-tulu-7.jsonl").read_text().splitlines()
-    ]
-    assert more[: len(drawn)] == drawn and len(more) > len(drawn) and len(REQUESTS) > asked
-
-
-def test_tulu_is_not_downloaded_whole(served, olmo2, tmp_path):
-    answers = [np.random.default_rng(i).bytes(9000).hex() for i in range(3000)]
-    put_parquet(
-        served / TULU / "data",
-        [
-            {
-                "id": f"{i}",
-                "messages": [
-                    {"role": "user", "content": f"{i}"},
-                    {"role": "assistant", "content": answer},
-                ],
-            }
-            for i, answer in enumerate(answers)
-        ],
-        shards=3,
-        group=10,
-    )
-    score.calibration_tokens("tulu", AutoTokenizer.from_pretrained(olmo2), 4, 64, 0, tmp_path)
-    spans = [
-        span.removeprefix("bytes=").split("-")
-        for _, path, span in REQUESTS
-        if span and "/resolve/" in path
-    ]
-    size = sum(f.stat().st_size for f in served.rglob("*.parquet"))
-    assert 0 < sum(int(last) - int(first) + 1 for first, last in spans) < size / 2
-
-
-def test_alpaca_reads_as_the_authors_format_it(served, olmo2, tmp_path):
+def test_alpaca_reads_as_the_authors_format_it(served, olmo2):
     put_parquet(
         served / ALPACA / "data",
         [
@@ -111,14 +33,15 @@ def test_alpaca_reads_as_the_authors_format_it(served, olmo2, tmp_path):
         shards=1,
         group=10,
     )
-    tokens = score.calibration_tokens(
-        "alpaca", AutoTokenizer.from_pretrained(olmo2), 5, 32, 0, tmp_path
-    )
-    first = json.loads((tmp_path / "calibration-alpaca-0.jsonl").read_text().splitlines()[0])
-    user = first["instruction"] + ("\n\nInput: 3" if first["input"] else "")
-    chat = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
-    assert AutoTokenizer.from_pretrained(olmo2).decode(tokens.flatten().tolist()).startswith(chat)
-    assert first["data"] == f"{ALPACA}@{score.PRESETS['alpaca'][1]}"
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokens = calibration.calibration_tokens("alpaca", tokenizer, 5, 32, 0)
+    read = tokenizer.decode(tokens.flatten().tolist())
+    first = re.search(r"Add (\d+)", read).group()
+    question = first + ("\n\nInput: 3" if int(first[4:]) % 2 else "")
+    chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    assert read.startswith(chat)
+    revision = calibration.PRESETS["alpaca"][1]
+    assert any(f"/resolve/{revision}/" in path for _, path, _ in REQUESTS)
 
 
 @pytest.mark.parametrize("what", ["missing", "gated"])
@@ -161,7 +84,9 @@ def test_madlad_is_unescaped_fetched_once_and_trained_on(served, olmo2, tmp_path
     expected = [f"{i}\n{TEXT[i % 5]}" for k in range(2) for i in range(k, 40, 2)]
     assert madlad("ky") == expected
     gets = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
-    assert len(gets) == 2 and all("_clean_" in path and train.MADLAD[1] in path for path in gets)
+    assert len(gets) == 2 and all(
+        "_clean_" in path and blocks.MADLAD_REVISION in path for path in gets
+    )
     train.main([*argv, str(tmp_path / "b")])
     gets = [path for command, path, _ in REQUESTS if command == "GET" and "/resolve/" in path]
     assert len(gets) == 2

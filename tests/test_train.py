@@ -26,6 +26,7 @@ import train
 from data.blocks import batch_indices, load_sequences
 from variants import adalora, files, gmt
 
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("olmo2", "llama")]
 TINY = [
     "--steps",
     "20",
@@ -95,8 +96,9 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "kind,precision", [("olmo2", "bf16"), ("llama", "fp32"), ("qwen2", "fp16")]
+)
 def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, tmp_path):
     model = tiny_model(tmp_path / "source", kind)
     masks = make_masks(model, chats, tmp_path)
@@ -185,7 +187,7 @@ def model_kind(folder):
     return json.loads((folder / "config.json").read_text())["model_type"]
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("olmo2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "method",
     [
@@ -316,7 +318,7 @@ def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["qwen2", *SLOW_KINDS])
 def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     kind, text, tmp_path, request, monkeypatch
 ):
@@ -650,17 +652,16 @@ def without_times(lines):
     return [{key: value for key, value in line.items() if key not in times} for line in lines[1:-1]]
 
 
-def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
-    """kill -9 at random moments, saving included, ten times; then bit-equality with a run never
-    interrupted.
-    """
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_then_the_same_bits(kills, olmo2, mask, text, tmp_path):
+    """kill -9 at random moments, also while a checkpoint is written; then the bits of a whole run."""
     extra = [
         "--mask",
         mask,
         "--save-every",
         "1",
         "--steps",
-        "40",
+        4 * kills,
         "--weight-decay",
         "0.1",
         "--target-eval",
@@ -671,12 +672,12 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
     out, rng, seen = tmp_path / "broken", random.Random(0), []
 
-    # so that ten kills fall into forty short steps, many of them while a checkpoint is written
+    # so that all kills fall into the few short steps, many of them while a checkpoint is written
     def slow_disk():
         real = os.replace
         files.os.replace = lambda a, b: (time.sleep(0.05), real(a, b))
 
-    for _ in range(10):
+    for _ in range(kills):
         before = step_of(out)
         pid = forked(
             train.main,
@@ -690,7 +691,7 @@ def test_ten_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         seen.append(step_of(out))
-    assert seen == sorted(set(seen)) and seen[-1] < 40
+    assert seen == sorted(set(seen)) and seen[-1] < 4 * kills
     train.main(arguments(olmo2, text, out, *extra, "--resume"))
     whole, broken = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
