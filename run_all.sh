@@ -5,19 +5,20 @@
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
 # Finished stages are skipped, interrupted stages resume, and stages whose inputs changed are run
-# again. --dry-run says what a run needs. Variables of the environment, with their defaults:
-#   METHODS    "fft ssu-wanda": some of fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt
-#              ssu-fim ssu-wanda-row ssu-wanda-element lota lota-90 lota-50 s2ft-down
-#              s2ft-down-output
+# again. --dry-run says what a run needs. All GPUs of this machine train. On each of two machines:
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
+# with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
+#   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
+#              s2ft-down-output ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-{row,element}
 #   RATIOS     0.5: fractions of the columns to freeze, each giving a model
 #   PROFILE    embedded or paper: the defaults of data/embedded.sh or data/paper.sh. They set MODEL,
 #              DATA_DIR, RUNS, STEPS, TASKS, PRECISION, CALIBRATION and NUM_SAMPLES if you do not
-#   SEED 42    COMPACT 0: 1 trains with --compact    FLASH_ATTN 0: 1 installs flash-attn
-#   FLORES     ungated or gated (paper)    LANGUAGE_ID  glotlid or script (task codemix)
+#   NPROC      number of GPUs: processes    SEED  42    COMPACT  0: 1 trains with --compact
+#   FLORES     ungated or gated    LANGUAGE_ID glotlid or script    FLASH_ATTN 0: 1 installs it
 set -eEuo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
-. tools/driver.sh  # what the recipe needs: choose_profile, read_lists, require, run, stage
+. tools/driver.sh  # choose_profile, read_lists, require, run, launch, stage
 [[ $# = 1 || "$# ${2:-}" = "2 --dry-run" ]] || fail "usage: bash run_all.sh LANG [--dry-run]"
 
 # The profile, its values, yours. Bad ones are refused before anything is installed or written.
@@ -29,9 +30,9 @@ plan=(tools/plan.py --model "$MODEL" --lang "$lang" --profile "$PROFILE" --data-
     --runs "$RUNS" --methods "${methods[@]}" --ratios "${ratios[@]}" --tasks "${tasks[@]}"
     --steps "$STEPS" --precision "$PRECISION" --compact "$COMPACT" --calibration "$CALIBRATION"
     --num-samples "$NUM_SAMPLES" --seed "$SEED" --flores "$FLORES" --language-id "$LANGUAGE_ID"
-    "${batch[@]}")
+    --gpus "$NPROC" "${batch[@]}")
 "${PYTHON:-python3}" "${plan[@]}" --check || exit
-echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION"
+echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION, processes: $NPROC"
 
 # Packages. Then what the run needs, and whether it fits here.
 . ./setup.sh requirements.txt data/requirements.txt
@@ -40,8 +41,7 @@ if [ "${2:-}" = --dry-run ]; then exit; fi
 install_for "${methods[@]}" "${tasks[@]}"
 
 # One run at a time in a folder. Its stages hold the lock too.
-run=$RUNS/$lang
-mkdir -p "$run"; exec 9> "$run/.lock"
+run=$RUNS/$lang; mkdir -p "$run"; exec 9> "$run/.lock"
 flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 
 # Data and the source model.
@@ -75,7 +75,7 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
     case $1 in
         fft) ;;
         adalora) options=(--adalora --precision "${PRECISION%-true}" --save-every 0) ;;
-        gmt) options+=(--gmt-ratio "$2" --micro-batch-size "$accumulated_micro_batch") ;;
+        gmt) options+=(--gmt-ratio "$2" --micro-batch-size "$accumulated") ;;
         hft) mask=(--method hft --model "$MODEL" --ratio "$2" --seed "$SEED") ;;
         s2ft-*) mask=(--method "$1" --model "$MODEL" --seed "$SEED") ;;
         ssu-rand) score random column ;;

@@ -9,7 +9,7 @@ if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] ||
 about="$STEPS steps, 5 to 8 minutes a method with the default model on two cores"
 en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--batch-size 8 --micro-batch-size 8 --seq-len 128)
-accumulated_micro_batch=2  # gmt accumulates four micro-batches (Table 8)
+accumulated=2  # sequences of each of the four micro-batches of gmt (Table 8)
 calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 512)
 texts=("$target/train.jsonl" "$en/heldout.jsonl" "$target/heldout.jsonl")
 train_options=(--data "$target/train.jsonl" --source-eval "$en/heldout.jsonl"

@@ -65,6 +65,8 @@ def test_an_unknown_language_is_refused_with_the_known_ones(lang):
         ("DATA_DIR", "nowhere"),
         ("COMPACT", "2"),
         ("LANGUAGE_ID", "nonsense"),
+        ("NPROC", "many"),
+        ("NPROC", "3"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_deleted(
@@ -83,6 +85,7 @@ def test_bad_settings_are_refused_before_anything_is_deleted(
 def test_help_lists_the_variables():
     done = run_all("--help")
     assert done.returncode == 0 and not done.stderr
+    assert "NPROC " in done.stdout and "torchrun --nnodes=" in done.stdout
     source = Path(ROOT / "run_all.sh").read_text() + Path(ROOT / "data/paper.sh").read_text()
     names = set(re.findall(r"\$\{([A-Z_]{4,}):=", source))
     assert {"SEED", "MODEL", "TASKS"} <= names
@@ -95,7 +98,62 @@ def test_a_dry_run_plans_and_writes_nothing(folder, tmp_path, quick):
     done = run_all("ne", "--dry-run", python=quick, **settings)
     assert done.returncode == 0 and not (tmp_path / "runs").exists()
     assert done.stdout.startswith("embedded profile (MODEL or DATA_DIR is given): ")
-    assert "\nmemory: " in done.stdout and "\ndisk: " in done.stdout
+    assert "\nmemory of a process: " in done.stdout and "\ndisk: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "cards, visible, nproc",
+    [
+        (2, None, 2),
+        (4, None, 2),  # the smallest batch, of gmt, has two sequences
+        (4, "3", 1),
+        (4, "1,3", 2),
+        (4, "", 1),
+        (0, None, 1),
+    ],
+)
+def test_all_visible_gpus_are_used(cards, visible, nproc, folder, tmp_path, quick):
+    """With an nvidia-smi that answers as the real one does."""
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/bash\n"
+        f"count={cards}\n"
+        'if [[ "$*" = *" -i "* ]]; then ids=${*: -1} && count=$(wc -w <<< "${ids//,/ }"); fi\n'
+        "[ $count -gt 0 ] || exit 6\n"
+        "for ((i = 0; i < count; i++)); do echo 81559; done\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    settings = tiny_settings(folder, tmp_path / "runs")
+    settings["PATH"] = f"{quick}:{tmp_path}:{REAL_PYTHON}:{os.environ['PATH']}"
+    if visible is not None:
+        settings["CUDA_VISIBLE_DEVICES"] = visible
+    done = run_all("ne", "--dry-run", **settings)
+    assert done.returncode == 0, done.stderr
+    assert f", processes: {nproc}\n" in done.stdout and f" --gpus {nproc} " in done.stdout
+
+
+def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quick):
+    settings = tiny_settings(folder, tmp_path, METHODS="gmt", NPROC="4")
+    done = run_all("ne", "--dry-run", python=quick, **settings)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "NPROC=4: gmt needs a divisor of its 2 sequences" in line
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(folder, tmp_path, quick):
+    methods = "fft gmt adalora ssu-wanda"
+    for nproc in ("1", "2"):
+        settings = tiny_settings(folder, tmp_path / nproc, METHODS=methods, NPROC=nproc)
+        done = run_all("ne", python=quick, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^\+ torchrun .*--nproc_per_node=2 train.py", done.stdout, re.M)) == 3
+    for method in methods.split():
+        log = f"ne/{method}/train.jsonl"
+        one, two = (json.loads((tmp_path / n / log).read_text().splitlines()[-2]) for n in "12")
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["target_bpb"] == pytest.approx(one["target_bpb"], abs=1e-5)
+    # What two processes made needs not be made again by one.
+    again = run_all("ne", python=quick, **settings | {"NPROC": "1"})
+    assert again.returncode == 0 and "+ python train.py" not in again.stdout
 
 
 @pytest.fixture(scope="module")

@@ -23,26 +23,45 @@ trap 'stop SIGINT 130' INT
 trap 'stop SIGTERM 143' TERM
 trap 'stop SIGHUP 129' HUP
 
-choose_profile() {  # set PROFILE, if it is not, and $why
-    local gpu hub=${HF_ENDPOINT:-https://huggingface.co}
+choose_profile() {  # set PROFILE, if it is not, and $why and $gpus
+    local memory hub=${HF_ENDPOINT:-https://huggingface.co}
     local ask=(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits)
-    gpu=$("${ask[@]}" 2>/dev/null | head -1) || :
+    ask+=(${CUDA_VISIBLE_DEVICES:+-i "$CUDA_VISIBLE_DEVICES"})
+    memory=$("${ask[@]}" 2>/dev/null) || memory=
+    [ "${CUDA_VISIBLE_DEVICES-all}" ] || memory=  # set, but to nothing
+    gpus=$(grep -c '^[0-9]' <<< "$memory") || :
+    memory=$(awk '{ sum += $1 } END { print sum + 0 }' <<< "$memory")  # MiB
     if [ -n "${PROFILE:-}" ]; then
         why="as asked"
     elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then
         PROFILE=embedded why="MODEL or DATA_DIR is given"
-    elif ! [[ $gpu =~ ^[0-9]{6,}$ ]]; then  # MiB
-        PROFILE=embedded why="no GPU has the 100 GB that full training of a 7B model takes"
+    elif [ "$memory" -lt 100000 ]; then
+        PROFILE=embedded why="no GPUs have the 100 GB that full training of a 7B model takes"
     elif ! "${PYTHON:-python3}" -c "import sys, urllib.request
 urllib.request.urlopen(sys.argv[1], timeout=9)" "$hub" 2>/dev/null; then
         PROFILE=embedded why="the hub does not answer"
     else
-        PROFILE=paper why="the GPU has $gpu MiB, and the hub answers"
+        PROFILE=paper why="$gpus GPUs have $memory MiB, and the hub answers"
     fi
     [ -f "data/$PROFILE.sh" ] || fail "PROFILE=$PROFILE: choose embedded or paper"
 }
 
+choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest batch evenly
+    if [ -z "${NPROC:-}" ]; then
+        NPROC=$((gpus > 1 ? gpus : 1))
+        while ((accumulated % NPROC)); do
+            NPROC=$((NPROC - 1))
+        done
+    fi
+    [[ $NPROC =~ ^[1-9][0-9]{0,3}$ ]] || fail "NPROC=$NPROC: must be a number of processes"
+    case " ${METHODS:-} " in
+        *" gmt "*) ((accumulated % NPROC == 0)) ||
+            fail "NPROC=$NPROC: gmt needs a divisor of its $accumulated sequences. Change it" ;;
+    esac
+}
+
 read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
+    choose_nproc
     read -ra methods <<< "${METHODS:-fft ssu-wanda}"
     read -ra ratios <<< "${RATIOS:-0.5}"
     read -ra tasks <<< "${TASKS//,/ }"
@@ -79,8 +98,25 @@ run() {  # COMMAND...: run it in a process group of its own, so that a signal en
     wait "$child" || code=$?
     child=
     if [ "$code" != 0 ]; then
+        if [ "$1" = torchrun ]; then set -- torchrun "${@:4}"; fi  # without its own options
         echo "run_all.sh: error: $1 $2 ended with $code" >&2
         exit "$code"
+    fi
+}
+
+several=(train.py)  # the stages that several processes can run
+launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
+    local processes=1
+    [[ " ${several[*]} " != *" $2 "* ]] || processes=$NPROC
+    case " $* " in
+        *" --adalora "*|*" --precision fp16 "*) processes=1 ;;  # train.py refuses more
+        *" --gmt-ratio "*)  # the processes share each micro-batch
+            set -- "$@" --micro-batch-size "$((accumulated / processes))" ;;
+    esac
+    if [ "$processes" -gt 1 ]; then
+        run torchrun --standalone --nproc_per_node="$processes" "${@:2}"
+    else
+        run "$@"
     fi
 }
 
@@ -114,6 +150,6 @@ stage() {
     fi
     complete=$(find "$checkpoint" -path '*[0-9]/checkpoint.json' 2>/dev/null) || :
     if [ -n "$complete" ]; then set -- "$@" --resume; fi
-    run "$@"
+    launch "$@"
     [ -e "$output" ] || fail "$1 $2 did not make $output"
 }

@@ -1,13 +1,13 @@
-"""Say what a run needs before it starts: memory, downloads, disk and hours.
+"""Say what a run needs before it starts: memory, downloads and disk.
 
     python tools/plan.py --model allenai/OLMo-2-1124-7B-Instruct
-    python tools/plan.py --model MODEL --mask runs/ne/ssu-wanda/mask.safetensors
+    python tools/plan.py --model allenai/OLMo-2-1124-13B-Instruct --gpus 8
     python tools/plan.py --model MODEL --lang ne --methods fft ssu-wanda
 
 The first two print which GPU holds the training of a model, by layout and micro-batch size. --lang
-plans a run of run_all.sh, which calls this script: can everything be had from the hub (offline:
-from its cache), and do memory and disk of this machine suffice? The exit code is 2 if not. --check
-looks at the values of the options alone and needs only the standard library.
+plans a run of run_all.sh, which calls this script: does the hub give everything, and do memory and
+disk of this machine suffice? The exit code is 2 if not. --check looks at the values of the options
+alone and needs only the standard library.
 
 Bytes per weight for weights, gradients and moments (`t`: the trainable fraction):
 
@@ -22,8 +22,9 @@ With recomputation it keeps the input of each layer, and one layer whole. Logits
 take 12 bytes per token and vocabulary entry. Autocast adds a bf16 copy of each matrix of the layers
 that are not recomputed. The CUDA context, workspaces and fragmentation get an allowance.
 
-Hours are computed, not measured: 8 floating-point operations per parameter and token in training
-(6, and 2 for recomputation) at 40% of a GPU's peak.
+Several GPUs (FSDP2) share weights, gradients and moments evenly. Each also holds two gathered
+layers (the second is fetched ahead), the gradients of one, and all that is outside of the layers,
+with its gradients. Gradients are added up over the GPUs in fp32, which takes another copy.
 """
 
 import argparse
@@ -33,7 +34,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,8 +44,7 @@ GIB = 2**30
 # says, because the name counts in GiB. Cards of one name differ by up to 0.5 GiB.
 GPUS = {"24 GB": 23.6 * GIB, "40 GB": 39.5 * GIB, "80 GB": 79.6 * GIB, "141 GB": 139.7 * GIB}
 ALLOWANCE = 1.5e9
-MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
-PEAKS = {"A100": 312, "H100": 989, "B200": 2250}  # dense bf16 TFLOP/s
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 # Methods of run_all.sh: those without a ratio, then the others.
 SINGLE = ["fft", "adalora", "lota-90", "lota-50", "s2ft-down", "s2ft-down-output"]
@@ -57,26 +56,16 @@ EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
 EMBEDDED_MODEL = "data/embedded/model"
 
 
-class Source(NamedTuple):
-    """What is fetched from the hub."""
-
-    kind: str  # "dataset" or "model"
-    repo: str
-    revision: str = None
-    files: list = ["*"]
-
-
-MADLAD = "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
-GLOTLID = "cis-lmu/glotlid", "e773fb98e530c58837b11c61f94653f6fe7e1465"
-ALPACA = "tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"
-CALIBRATION = {
-    "tulu": Source("dataset", "allenai/tulu-3-sft-olmo-2-mixture", None, ["data/*"]),
-    "alpaca": Source("dataset", *ALPACA, ["data/*"]),
-}
+# What is fetched from the hub: kind, repository, revision, files.
+MADLAD = "dataset", "allenai/MADLAD-400", "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
+GLOTLID = "model", "cis-lmu/glotlid", "e773fb98e530c58837b11c61f94653f6fe7e1465", ["*_v3.bin"]
+ALPACA = "dataset", "tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", ["data/*"]
+TULU = "dataset", "allenai/tulu-3-sft-olmo-2-mixture", None, ["data/*"]
+CALIBRATION = {"tulu": TULU, "alpaca": ALPACA}
 TASK_SOURCES = {
-    "ifeval": Source("dataset", "wis-k/instruction-following-eval"),
-    "gsm8k": Source("dataset", "openai/gsm8k", None, ["main/*"]),
-    "codemix": Source("model", *GLOTLID, ["*_v3.bin"]),
+    "ifeval": ("dataset", "wis-k/instruction-following-eval", None, ["*"]),
+    "gsm8k": ("dataset", "openai/gsm8k", None, ["main/*"]),
+    "codemix": GLOTLID,
 }
 
 
@@ -98,12 +87,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     precisions = ["bf16", "bf16-true", "fp16", "fp32"]
     add("--model", required=True, help="source model: directory or hub id")
-    add("--mask", type=Path, help="mask.safetensors of make_mask.py (default: half of each matrix)")
     add("--precision", choices=precisions, default="bf16-true", help="precision of train.py")
     add("--compact", choices=["0", "1"], default="0", help="1: plan for train.py --compact")
     add("--batch-size", type=int, default=32, help="sequences per optimizer step")
     add("--micro-batch-size", type=int, default=4, help="sequences per forward pass")
     add("--seq-len", type=int, default=512, help="tokens per sequence")
+    add("--gpus", type=int, default=1, help="GPUs that share the training, or processes on a CPU")
     add("--gradient-checkpointing", action="store_true", help="recomputation of activations")
     run = parser.add_argument_group("a run of run_all.sh").add_argument
     codes = sorted(LANGUAGES.keys() - {"en"})
@@ -131,7 +120,7 @@ def check_values(args):
     is_id = re.fullmatch(r"[\w-]+/[\w.-]+", args.model)
     if not is_id and not Path(args.model).is_dir() and args.model != EMBEDDED_MODEL:
         fail(f"--model {args.model}: neither a directory nor a hub id. Correct the name")
-    for name in ("steps", "num_samples", "batch_size", "micro_batch_size", "seq_len"):
+    for name in ("steps", "num_samples", "gpus", "batch_size", "micro_batch_size", "seq_len"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.seed < 10**18:
@@ -139,6 +128,8 @@ def check_values(args):
     for ratio in args.ratios:
         if not 0 <= ratio <= 1 or (ratio == 1 and "gmt" in args.methods):
             fail(f"--ratios {ratio:g}: must lie between 0 and 1, and below 1 for gmt")
+    if args.batch_size % args.gpus:
+        fail(f"--gpus {args.gpus}: must divide the batch of {args.batch_size} sequences. Change it")
     held_out = set(EMBEDDED_TASKS) & set(args.tasks)
     if args.profile == "paper" and held_out:
         fail(f"--tasks {' '.join(held_out)}: the paper profile has no held-out text. Drop them")
@@ -162,26 +153,6 @@ def load_skeleton(name):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         fail(f"--model {name}: {error}")
-
-
-def read_mask(path, sizes):
-    """Return {name: trainable fraction} of the matrices of which a mask freezes columns."""
-    from safetensors import SafetensorError, safe_open
-
-    fractions = {}
-    try:
-        with safe_open(path, "np") as file:
-            if (file.metadata() or {}).get("format") != "ssu-mask":
-                fail(f"--mask {path}: not a mask file. Make it with make_mask.py")
-            for name in file.keys():
-                mask = file.get_tensor(name)
-                if name not in sizes:
-                    fail(f"--mask {path}: made for another model. Make one for this --model")
-                if mask.ndim == 2 and len(mask) == 1 and not mask.all():
-                    fractions[name] = float(mask.mean())
-    except (OSError, SafetensorError) as error:
-        fail(f"--mask {path}: cannot be read ({error}). Make it again with make_mask.py")
-    return fractions
 
 
 def half_of_each_matrix(model, ratio):
@@ -212,19 +183,16 @@ def state_bytes(sizes, precision, fractions=None):
     return total
 
 
-def activation_bytes(config, weights, precision, compact, tokens, recompute):
+def activation_bytes(config, tokens, precision, recompute, copies):
     """Return the bytes of activations, logits and casts of a micro-batch.
 
-    config: the model's text config; weights: the number of weights; tokens: of the micro-batch.
+    config: the model's text config; tokens: of the micro-batch; copies: bytes of autocast's copies.
     """
-    head = config.vocab_size * config.hidden_size
     layer = tokens * (50 * config.hidden_size + 8 * config.intermediate_size)
     if precision == "fp32":
         layer *= 2
-    logits = 12 * tokens * config.vocab_size + 8 * head  # 8: a copy and gradients of the head
-    copies = 0
-    if precision in ("bf16", "fp16") and not compact:
-        copies = 2 * (weights - head)
+    logits = 12 * tokens * config.vocab_size
+    logits += 8 * config.vocab_size * config.hidden_size  # a copy and gradients of the LM head
     if not recompute:
         return config.num_hidden_layers * layer + logits + copies
     inputs = config.num_hidden_layers * tokens * config.hidden_size
@@ -232,134 +200,148 @@ def activation_bytes(config, weights, precision, compact, tokens, recompute):
     return inputs + max(layer + copies / config.num_hidden_layers, logits)
 
 
-def print_table(args, config, sizes, fractions):
+def gathered_bytes(config, sizes, precision, fractions=None):
+    """Return the bytes that a GPU holds of other GPUs' weights, and of gradients not yet added up.
+
+    In compact training, the trainable columns are gathered beside their matrices.
+    """
+    layers = sum(size for name, size in sizes.items() if re.search(r"\.\d+\.", name))
+    outside = sum(sizes.values()) - layers
+    trained = gathered = layers
+    for name, fraction in (fractions or {}).items():
+        trained -= sizes[name] * (1 - fraction)
+        gathered += sizes[name] * fraction
+    forward = 4 if precision == "fp32" else 2  # bytes of a weight in the layers' forward pass
+    kept = 2 if precision == "bf16-true" else 4  # and of a weight outside of the layers
+    inside = 2 * forward * gathered + (forward + 4) * trained
+    return inside / config.num_hidden_layers + (2 * kept + 4) * outside
+
+
+def bytes_per_gpu(model, precision, compact, gpus, tokens, recompute):
+    """Return (bytes of weights, gradients and moments, all bytes) of one GPU.
+
+    model: (text config, {name: number of weights}, {name: trainable fraction} if compact);
+    tokens: of a micro-batch.
+    """
+    config, sizes, fractions = model
+    if not compact:
+        fractions = None
+    state = state_bytes(sizes, precision, fractions) / gpus
+    copies = 0  # several GPUs gather the matrices in bf16, so that autocast copies nothing
+    if gpus == 1 and precision in ("bf16", "fp16") and not compact:
+        copies = 2 * (sum(sizes.values()) - config.vocab_size * config.hidden_size)
+    more = ALLOWANCE + activation_bytes(config, tokens, precision, recompute, copies)
+    if gpus > 1:
+        more += gathered_bytes(config, sizes, precision, fractions)
+    return state, state + more
+
+
+def print_table(args, model):
     """Print which GPU holds which layout, and with which micro-batch size."""
-    print(f"Largest micro-batch of sequences of {args.seq_len} tokens")
-    print("without / with --gradient-checkpointing. A dash means that it does not fit.\n")
-    print("| training | state, GB | " + " | ".join(f"{name} GPU" for name in GPUS) + " |")
-    print("|---|---|" + "---|" * len(GPUS))
-    weights = sum(sizes.values())
+    head = ["training", "state, GB", *[f"{name} GPU" for name in GPUS]]
+    print(f"Under a GPU: the largest micro-batch of sequences of {args.seq_len} tokens that fits,")
+    print("without / with --gradient-checkpointing. A dash means that none fits.")
+    if args.gpus > 1:
+        head.insert(2, f"per GPU, {args.gpus} GPUs")
+        print(f"Per GPU: GB for a micro-batch of {args.micro_batch_size}, with recomputation.")
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for layout in ("masked, bf16", "compact, bf16", "masked, bf16-true", "compact, bf16-true"):
-        precision, compact = layout.split(", ")[1], layout.startswith("compact")
-        state = state_bytes(sizes, precision, fractions if compact else None)
-
-        def largest(gpu, recompute, state=state, precision=precision, compact=compact):
-            for size in MICRO_BATCHES:
-                tokens = size * args.seq_len
-                more = activation_bytes(config, weights, precision, compact, tokens, recompute)
-                if state + more + ALLOWANCE <= gpu:
-                    return size
-            return "-"
-
-        cells = [f"{largest(gpu, False)} / {largest(gpu, True)}" for gpu in GPUS.values()]
-        print(f"| {layout} | {state / 1e9:.1f} | {' | '.join(cells)} |")
+        kind, precision = layout.split(", ")
+        way = model, precision, kind == "compact", args.gpus
+        tokens = args.micro_batch_size * args.seq_len
+        state, needed = bytes_per_gpu(*way, tokens, True)
+        row = [layout, f"{state * args.gpus / 1e9:.1f}"]
+        if args.gpus > 1:
+            row.append(f"{needed / 1e9:.1f}")
+        for memory in GPUS.values():
+            fits = {False: "-", True: "-"}
+            for recompute in fits:
+                for size in MICRO_BATCHES:
+                    _, needed = bytes_per_gpu(*way, size * args.seq_len, recompute)
+                    if needed <= memory and size <= args.batch_size // args.gpus:
+                        fits[recompute] = size
+            row.append(f"{fits[False]} / {fits[True]}")
+        print(f"| {' | '.join(row)} |")
     print()
 
 
-def device_memory():
-    """Return (bytes, name) of what would hold the training on this machine."""
+def device_memory(gpus):
+    """Return (bytes, name) of what would hold the training of one process on this machine."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total, "this machine, without a CUDA device"
+    return total / gpus, "this machine, without a CUDA device,"
 
 
-def check_memory(args, config, sizes, fractions):
+def check_memory(args, model):
     """Print what the largest training of the run needs. Return the problems."""
     whole = [method for method in args.methods if method not in COMPACT]
-    compact = args.compact == "1" and not whole
     if args.compact == "1" and whole:
         print(f"{' '.join(whole)} cannot be compact, so the memory is that of masked training")
-    tokens, weights = args.micro_batch_size * args.seq_len, sum(sizes.values())
-    state = state_bytes(sizes, args.precision, fractions if compact else None)
-    recompute = args.gradient_checkpointing
-    more = activation_bytes(config, weights, args.precision, compact, tokens, recompute)
-    has, name = device_memory()
+    compact = args.compact == "1" and not whole
+    tokens = args.micro_batch_size * args.seq_len
+    way = model, args.precision, compact, args.gpus, tokens, args.gradient_checkpointing
+    state, needed = bytes_per_gpu(*way)
+    has, name = device_memory(args.gpus)
     print(
-        f"memory: {state / 1e9:.1f} GB of weights, gradients and moments, about {more / 1e9:.1f} "
-        f"GB of activations; {name} has {has / 1e9:.1f} GB"
+        f"memory of a process: {state / 1e9:.1f} GB of weights, gradients and moments, "
+        f"about {(needed - state) / 1e9:.1f} GB of all else; {name} has {has / 1e9:.1f} GB"
     )
-    needed = state + more + ALLOWANCE
     if needed <= has:
         return []
     return [f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Downloads, disk and hours
+# Downloads and disk
 
 
 def wanted_sources(args):
-    """Return the sources that the run reads from the hub."""
-    from data import prepare_paper
-
+    """Return what the stages read from the hub. data/prepare_paper.py checks the other sets."""
     sources = []
     if args.profile == "paper":
-        sources.append(Source("dataset", *MADLAD, [f"data/{args.lang}/*_clean_*"]))
-        folders = [args.data_dir / "en", args.data_dir / args.lang]
-        if not all(prepare_paper.is_complete(folder, args.flores) for folder in folders):
-            code = LANGUAGES[args.lang]
-            files = ["*eng_Latn*", "english/*", "all/*", "*devtest*", "alpaca_eval.json"]
-            files += [f"*{code['flores']}*", f"{code['xlsum']}/*", f"{code['global_mmlu']}/*"]
-            for repo, revision in prepare_paper.repositories(args.flores).items():
-                sources.append(Source("dataset", repo, revision, files))
+        sources.append((*MADLAD, [f"data/{args.lang}/*_clean_*"]))
     if args.calibration in CALIBRATION:
         sources.append(CALIBRATION[args.calibration])
     for task, source in TASK_SOURCES.items():
         if task in args.tasks and (task != "codemix" or args.language_id == "glotlid"):
             sources.append(source)
     if not Path(args.model).is_dir():
-        sources.append(Source("model", args.model, None, ["*.safetensors"]))
+        sources.append(("model", args.model, None, ["*.safetensors"]))
     return sources
-
-
-def bytes_to_fetch(source):
-    """Return the bytes of a source that the hub's cache lacks. Raise OSError if it is not there."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    wanted = dict(repo_type=source.kind, revision=source.revision, allow_patterns=source.files)
-    if HF_HUB_OFFLINE:
-        folder = Path(snapshot_download(source.repo, local_files_only=True, **wanted))
-        if not any(path for pattern in source.files for path in folder.glob(f"**/{pattern}")):
-            raise FileNotFoundError("not in the cache")
-        return 0
-    HfApi().auth_check(source.repo, repo_type=source.kind)
-    files = snapshot_download(source.repo, dry_run=True, **wanted)
-    if not files:
-        raise FileNotFoundError(f"it has no files {' '.join(source.files)}")
-    return sum(file.file_size for file in files if file.will_download)
 
 
 def check_downloads(args):
     """Print each source. Return (bytes to download, problems)."""
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import disable_progress_bars
 
+    if HF_HUB_OFFLINE:
+        print("HF_HUB_OFFLINE is set, so nothing is downloaded. The cache is not checked")
+        return 0, []
     disable_progress_bars()
     total, problems = 0, []
-    for source in wanted_sources(args):
+    for kind, repo, revision, patterns in wanted_sources(args):
+        wanted = dict(repo_type=kind, revision=revision, allow_patterns=patterns)
         try:
-            size = bytes_to_fetch(source)
-            total += size
-            said = f"download {size / 1e9:8.3f} GB" if size else "in the cache"
+            HfApi().auth_check(repo, repo_type=kind)
+            files = snapshot_download(repo, dry_run=True, **wanted)
+            if not files:
+                raise FileNotFoundError(f"it has no files {' '.join(patterns)}")
         except (OSError, HTTPError) as error:
-            said = "not to be had"
             why = " ".join(str(error).split())[:160]
             reason = f"{why}. Is HF_TOKEN set, and are its terms accepted?"
-            if HF_HUB_OFFLINE:
-                reason = "it is not in the cache, and HF_HUB_OFFLINE is set"
-            problems.append(f"the hub does not give {source.repo}: {reason}")
-        print(f"{source.repo:<36} {said}")
+            problems.append(f"the hub does not give {repo}: {reason}")
+            print(f"{repo:<36} not to be had")
+            continue
+        size = sum(file.file_size for file in files if file.will_download)
+        total += size
+        print(f"{repo:<36} download {size / 1e9:8.3f} GB")
     return total, problems
-
-
-def count_models(args):
-    """Return how many models the run trains."""
-    return sum(1 if method in SINGLE else len(args.ratios) for method in args.methods)
 
 
 def check_disk(args, weights, itemsize, download):
@@ -369,7 +351,9 @@ def check_disk(args, weights, itemsize, download):
     """
     from huggingface_hub.constants import HF_HOME
 
-    models = count_models(args) + 1  # 1: lota first trains a model to choose weights by
+    models = 1  # lota first trains a model to choose weights by
+    for method in args.methods:
+        models += 1 if method in SINGLE else len(args.ratios)
     results = (24 + models * itemsize) * weights  # 24: the last two checkpoints
     if any("lota" in method or "element" in method for method in args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
@@ -377,24 +361,14 @@ def check_disk(args, weights, itemsize, download):
     # A data set is kept compressed and as Arrow, so it takes up to four times its size.
     coming = {Path(HF_HOME): 4 * download, args.runs: max(0, results - there)}
 
-    disks, problems = {}, []  # disks: {device: bytes}, since both may be on one
+    problems = []
     for place, size in coming.items():
         folder = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        device, free = folder.stat().st_dev, shutil.disk_usage(folder).free
-        disks[device] = size + disks.get(device, 0)
+        free = shutil.disk_usage(folder).free
         print(f"disk: {size / 1e9:.1f} GB of {free / 1e9:.1f} free at {folder}")
-        if disks[device] > free:
-            lacks = (disks[device] - free) / 1e9
-            problems.append(f"the disk at {folder} lacks {lacks:.1f} GB for downloads and results")
+        if size > free:
+            problems.append(f"the disk at {folder} lacks {(size - free) / 1e9:.1f} GB")
     return problems
-
-
-def print_hours(args, weights):
-    tokens = args.steps * args.batch_size * args.seq_len
-    print(f"train: {count_models(args)} models of {weights:,} parameters, {tokens:,} tokens each")
-    operations = 8 * weights * tokens
-    hours = [f"{operations / (0.4e12 * peak * 3600):.1f} on {gpu}" for gpu, peak in PEAKS.items()]
-    print(f"hours to train one of them, computed at 40% of the peak: {', '.join(hours)}")
 
 
 def plan(args):
@@ -402,20 +376,17 @@ def plan(args):
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
         return problems
-    model = load_skeleton(args.model)
-    config, dtype = model.config.get_text_config(), model.config.dtype
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    fractions = half_of_each_matrix(model, min(args.ratios))
-    if args.mask:
-        fractions = read_mask(args.mask, sizes)
+    skeleton = load_skeleton(args.model)
+    config, dtype = skeleton.config.get_text_config(), skeleton.config.dtype
+    sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
+    model = config, sizes, half_of_each_matrix(skeleton, min(args.ratios))
+    weights = sum(sizes.values())
+    print(f"{args.model}: {weights:,} parameters")
     if args.profile == "paper":
-        print_table(args, config, sizes, fractions)
+        print_table(args, model)
     if args.lang:
-        weights = sum(sizes.values())
-        if args.profile == "paper":
-            print_hours(args, weights)
         problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
-        problems += check_memory(args, config, sizes, fractions)
+        problems += check_memory(args, model)
     return problems
 
 
