@@ -18,7 +18,7 @@ s_ij, and --axis another sum (Table 3). data/calibration.py reads the text.
 Tiny, on a CPU:
     python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \\
         --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
-The paper's setting, on one GPU:
+The paper's setting, on one GPU; the same file on four: torchrun --nproc_per_node=4 score.py ...
     python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu \\
         --out runs/ne/scores-wanda.safetensors
 LoTA (Section 6), how far 100 steps of full fine-tuning moved each weight:
@@ -38,27 +38,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data.calibration import calibration_tokens
+from data.calibration import calibration_tokens, fail
+from data.models import load_skeleton, load_weights
+from variants import distributed
+from variants.distributed import RANK, WORLD
 
 CALIBRATED = ["wanda", "sparsegpt", "fim"]  # methods that read calibration text
 METHODS = [*CALIBRATED, "magnitude", "random", "delta"]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# What transformers raises for files that are missing, damaged, or of another kind of model.
-BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
-BAD_MODEL += (ArithmeticError, SafetensorError, StrictDataclassError)
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    tqdm.write(f"score.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def parse_args(argv):
@@ -77,8 +69,11 @@ def parse_args(argv):
     add("--seed", type=int, default=42, help="seed of the text's order and of random scores")
     add("--dtype", choices=["float32", "bfloat16"], help="precision (default: bfloat16 on a GPU)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="device of the model")
+    add("--timeout", type=float, default=10, help="minutes to wait for a rank that hangs")
     args = parser.parse_args(argv)
 
+    if WORLD > 1 and args.method == "fim" and args.axis == "element":
+        parser.error("--method fim --axis element runs in one process. Start without torchrun")
     if (args.method in CALIBRATED) != bool(args.data):
         parser.error(f"--data belongs to the methods {', '.join(CALIBRATED)}. Add or remove it")
     if (args.method == "delta") != bool(args.adapted):
@@ -87,9 +82,8 @@ def parse_args(argv):
         parser.error("--num-samples and --batch-size must be at least 1, --seq-len at least 2")
     if args.out.exists() and read_format(args.out) != "ssu-scores":
         parser.error(f"--out {args.out} exists and is not a score file. Choose another name")
-    if not args.dtype:
-        fast = args.device == "cuda" and args.method != "delta"
-        args.dtype = "bfloat16" if fast else "float32"
+    fast = args.device == "cuda" and args.method != "delta"
+    args.dtype = args.dtype or ("bfloat16" if fast else "float32")
     return args
 
 
@@ -103,37 +97,6 @@ def read_format(path):
 
 
 # Model --------------------------------------------------------------------------------------------
-
-
-def load_skeleton(model):
-    """Return (causal LM on the meta device, with shapes but no weights; its tokenizer)."""
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        if config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
-            fail(f"model {model}: {config.model_type} has an encoder. Give a decoder-only model")
-        if getattr(config, "quantization_config", None):
-            fail(f"model {model}: its weights are quantized. Give the unquantized model")
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except BAD_MODEL as error:
-        fail(f"model {model} cannot be read: {error}")
-    rows = skeleton.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        fail(f"model {model}: {len(tokenizer)} tokens, but {rows} embeddings. Check its tokenizer")
-    return skeleton, tokenizer
-
-
-def load_model(model, device, dtype):
-    """Load the model. Fail if a tensor is missing, because it would be initialized randomly."""
-    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
-    except BAD_MODEL as error:
-        fail(f"model {model} cannot be loaded: {error}")
-    if info["missing_keys"]:
-        fail(f"model {model}: its files lack {sorted(info['missing_keys'])[:3]}. Load it again")
-    return loaded.to(device).eval()
 
 
 def fingerprint(model):
@@ -196,30 +159,31 @@ def input_norms(model, owners, tokens, batch_size):
     the model runs, on tokens, int64 [samples, seq_len].
     """
     weights = {module: name for name, module in owners.items() if name.endswith(".weight")}
-    readers = {}  # module -> its input_reader
-    squares = {}  # module -> sum over tokens of x_j^2, fp32 [d]
+    readers = {}  # name -> its input_reader
+    squares = {}  # name -> sum over tokens of x_j^2, fp32 [d]
     last = {"x": None, "sum": None}  # q, k and v read the same tensor: square it once
 
     def add(module, args, output):
-        if module not in readers:
-            readers[module] = input_reader(weights[module], module, args[0])
-        x = readers[module][0](args[0], output)
+        name = weights[module]
+        if name not in readers:
+            readers[name] = input_reader(name, module, args[0])
+        x = readers[name][0](args[0], output)
         if x is not last["x"]:
             squared = x.flatten(0, -2).float().square()  # [tokens, d]
             # On a CPU, a product with ones is twice as fast as .sum(0).
             last.update(x=x, sum=squared.new_ones(len(squared)) @ squared)
-        squares[module] = squares.get(module, 0) + last["sum"]
+        squares[name] = squares.get(name, 0) + last["sum"]
 
     hooks = [module.register_forward_hook(add) for module in weights]
-    for batch in tqdm(tokens.split(batch_size), desc="calibrate", unit="batch"):
+    for batch in distributed.in_order(tokens.split(batch_size), squares, "batch"):
         model.base_model(input_ids=batch.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
 
     constant = torch.tensor(float(tokens.numel())).sqrt()
     norms = {name: constant for name in owners if not name.endswith(".weight")}
-    for module, total in squares.items():
-        norms[weights[module]] = total.sqrt() / readers[module][1]
+    for name, total in squares.items():
+        norms[name] = total.sqrt() / readers[name][1]
     return norms
 
 
@@ -277,20 +241,22 @@ def fisher_scores(model, names, tokens, axis):
         if name in names:
             p.register_post_accumulate_grad_hook(partial(add_squares, name))
 
-    for sample in tqdm(tokens.to(model.device), desc="calibrate", unit="sequence"):
+    for sample in distributed.in_order(tokens.to(model.device), sums, "sequence"):
         logits = model(input_ids=sample[None], use_cache=False).logits[0]
         F.cross_entropy(logits[:-1].float(), sample[1:]).backward()
     return {name: total / len(tokens) for name, total in sums.items()}
 
 
 def compute_scores(args, skeleton, owners, tokens):
-    """Return {name: fp32 scores} of the method, for the parameters that receive tokens."""
+    """Return {name: fp32 scores} of the parameters that receive tokens. Rank 0 gets them all."""
     if args.method == "random":
         return random_scores(skeleton, owners, args.axis, args.seed)
 
     dtype = getattr(torch, args.dtype)
-    model = load_model(args.model, args.device, dtype)
-    adapted = load_model(args.adapted, args.device, dtype) if args.adapted else model
+    model = load_weights(args.model, fail, dtype=dtype).to(args.device)
+    adapted = model
+    if args.adapted:
+        adapted = load_weights(args.adapted, fail, dtype=dtype).to(args.device)
     owners = scored_parameters(model)
     if args.method == "fim":
         return fisher_scores(model, owners.keys(), tokens, args.axis)
@@ -335,7 +301,7 @@ def write_scores(path, scores, metadata):
 
 def check_model(args, skeleton, owners):
     """Fail if the method cannot score this model."""
-    if args.adapted and fingerprint(load_skeleton(args.adapted)[0]) != fingerprint(skeleton):
+    if args.adapted and fingerprint(load_skeleton(args.adapted, fail)[0]) != fingerprint(skeleton):
         fail(f"--adapted {args.adapted} and {args.model} differ in their parameters")
     biases = [name for name in owners if not name.endswith(".weight")]
     if args.method == "sparsegpt" and (biases or args.axis == "row"):
@@ -347,7 +313,7 @@ def check_model(args, skeleton, owners):
 
 def run(args):
     # Check the model and read the text, before the weights are loaded.
-    skeleton, tokenizer = load_skeleton(args.model)
+    skeleton, tokenizer = load_skeleton(args.model, fail)
     owners = scored_parameters(skeleton)
     check_model(args, skeleton, owners)
     print(f"{args.method} scores of {len(owners)} parameters of {args.model}, per {args.axis}")
@@ -356,17 +322,19 @@ def run(args):
         tokens = calibration_tokens(args.data, tokenizer, args.num_samples, args.seq_len, args.seed)
         print(f"{len(tokens)} of {args.num_samples} requested sequences, {tokens.numel():,} tokens")
         print(f"the first one begins: {tokenizer.decode(tokens[0, :48])!r}")
+        distributed.join(args.device, args.timeout)
+    elif RANK > 0:
+        return
 
     # Score.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out.parent, os.W_OK):
         raise PermissionError("its directory is not writable")
     scores = compute_scores(args, skeleton, owners, tokens)
-    missing = sorted(owners.keys() - scores.keys())
-    if missing:
-        fail(
-            f"{missing[:3]} received no calibration tokens. If they are experts, add --num-samples"
-        )
+    if RANK > 0:
+        return
+    if missing := sorted(owners.keys() - scores.keys()):
+        fail(f"{missing[:3]} received no calibration tokens. For experts, add --num-samples")
     scores = {name: score.contiguous().cpu() for name, score in scores.items()}
     if not 0 < sum(score.double().sum().item() for score in scores.values()) < float("inf"):
         fail("the scores are all 0, or not finite. Check the weights, --adapted and --dtype")
@@ -385,6 +353,7 @@ def run(args):
 
 
 def main(argv=None):
+    distributed.quiet()
     args = parse_args(argv)
     try:
         run(args)

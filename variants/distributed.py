@@ -2,13 +2,16 @@
 
 PyTorch's fully_shard (FSDP2) splits each parameter by rows over the ranks, with its gradient and
 Adam's moments. The global batch, the order of tokens and the schedule are those of one process.
+score.py and evaluate.py split their batches instead: each rank has the whole model.
 """
 
 import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from traceback import print_exception
 
 import torch
 import torch.distributed as dist
@@ -42,12 +45,25 @@ def start(args):
         fail(f"--batch-size {args.batch_size}: not a multiple of the {WORLD} ranks. Change it")
     if args.adalora or args.precision == "fp16":
         fail("--adalora and --precision fp16 run in one process. Start without torchrun")
-    if args.device == "cuda":
+    join(args.device, args.timeout)
+    quiet()
+
+
+def join(device, timeout):
+    """Wait for all ranks, each on a GPU of its own. timeout: minutes to wait for one that hangs."""
+    if WORLD == 1:
+        return
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if args.device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+
+
+def quiet():
+    """Let rank 0 alone print. The others still show where an unexpected error was raised."""
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.excepthook = partial(print_exception, file=sys.stderr)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def barrier():
@@ -167,3 +183,50 @@ def compile_layers(model):
     torch._dynamo.config.recompile_limit = 8 + len(layers)  # layers differ in what is frozen
     for layer in layers:
         layer.compile(dynamic=False)
+
+
+# Batches that are split over the ranks, of which each has the whole model
+
+
+def rounds(batches):
+    """Yield this rank's batch of each round of WORLD batches, in a list, which may be empty."""
+    for first in range(0, len(batches), WORLD):
+        yield batches[first : first + WORLD][RANK : RANK + 1]
+
+
+def gather(value):
+    """Return the values of all ranks, in their order, on rank 0, and none on the others."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD if RANK == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def from_rank_zero(value):
+    """Return the value that rank 0 has."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def in_order(batches, sums, unit):
+    """Yield this rank's batches, whose sums {name: tensor} the caller adds to `sums`.
+
+    At the end, `sums` has the totals on rank 0, and nothing on the others. The sums of batches are
+    added in the order of one process, so that rounding gives the same bits.
+    """
+    totals = {}
+    with tqdm(total=len(batches), desc="calibrate", unit=unit) as bar:
+        for some in rounds(batches):
+            yield from some
+            bar.update(min(WORLD, bar.total - bar.n))
+            if WORLD == 1:
+                continue
+            device = next(iter(sums.values()), NOTHING).device  # rank 0 has a batch in each round
+            for part in gather({name: value.cpu() for name, value in sums.items()}):
+                for name, value in part.items():
+                    totals[name] = totals.get(name, 0) + value.to(device)
+            sums.clear()
+    sums.update(totals)
