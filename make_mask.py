@@ -26,12 +26,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
+
+from data.models import load_skeleton
 
 
 def fail(message):
@@ -112,17 +113,6 @@ def read_scores(path):
         fail(f"--scores {path} cannot be read ({error}). Make it again with score.py")
     about["scores_sha256"] = metadata["tensors_sha256"]
     return scores, about, shapes
-
-
-def load_skeleton(model):
-    """Return (the model on the meta device, without weights; its tokenizer)."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config), tokenizer
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        fail(f"model {model} cannot be read ({error}). Give the directory or hub id of a causal LM")
 
 
 def save_mask(masks, path, metadata):
@@ -261,7 +251,7 @@ def main(argv=None):
         progress = tqdm(scores.items(), desc="mask", unit="parameter")
         masks = {name: top_mask(score, args.ratio, about["freeze"]) for name, score in progress}
     else:
-        model, tokenizer = load_skeleton(args.model)
+        model, tokenizer = load_skeleton(args.model, fail)
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         axis = "module" if args.method == "hft" else "column"
         about = {"method": args.method, "axis": axis, "model": args.model, "seed": str(args.seed)}
@@ -274,7 +264,7 @@ def main(argv=None):
 
     # For any mask, as the authors' code does: the rows of the chat template's tokens
     if args.freeze_chat_tokens:
-        model, tokenizer = load_skeleton(about["model"])
+        model, tokenizer = load_skeleton(about["model"], fail)
         ids = chat_token_ids(tokenizer)
         about["chat_tokens"] = json.dumps(ids)
         print(f"freeze the rows of {len(ids)} tokens: {tokenizer.convert_ids_to_tokens(ids)}")

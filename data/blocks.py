@@ -8,7 +8,6 @@ Documents are concatenated, each ended by the end-of-text token, and cut (Sectio
 
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from datetime import datetime
@@ -26,6 +25,7 @@ from jinja2 import TemplateError
 from pyarrow import ArrowException
 from transformers.utils import chat_template_utils
 
+from data.rows import parse
 from variants.files import fail, sha256_of
 
 MADLAD = "allenai/MADLAD-400"  # Section 4.2
@@ -56,7 +56,7 @@ def read_rows(path):
             if path.endswith(".txt"):
                 yield {"text": line.decode("utf-8-sig").strip()}
             else:
-                yield json.loads(line)
+                yield parse(line)
 
 
 def read_documents(flag, path, tokenizer):
@@ -65,19 +65,23 @@ def read_documents(flag, path, tokenizer):
     try:
         for row in read_rows(path):
             chat = row.get("messages") if flag == "--source-eval" else None
-            text = render(chat, tokenizer) if chat else row["text"]
+            text = render(chat, tokenizer) if chat else row["text"].removeprefix("\ufeff")
             if text.encode():  # a lone surrogate raises UnicodeEncodeError
                 yield {"text": text, "templated": bool(chat)}
             number += 1
     except BAD_ROW as error:
         needed = "no usable `text`, nor `messages` that the chat template accepts"
         fail(f"{flag} {path}: row {number} has {needed} ({error!r}). Correct it or leave it out")
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error, ArrowException) as error:
-        fail(f"{flag} {path}: row {number} is not JSON in UTF-8, or is damaged ({error!r})")
+    except (OSError, EOFError, zlib.error, ArrowException) as error:
+        fail(f"{flag} {path}: row {number} cannot be read, the file is damaged ({error})")
+    except ValueError as error:
+        fail(f"{flag} {path}: row {number} is not JSON in UTF-8 ({error}). Correct it")
 
 
 def render(chat, tokenizer):
     """Return a chat in the model's chat template, whose clock stands still."""
+    for turn in chat:
+        turn["content"].encode()  # a template may write a list of parts as Python does
     chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)
     return tokenizer.apply_chat_template(chat, tokenize=False)
 
@@ -107,7 +111,7 @@ def load_documents(flag, data, tokenizer, key):
 
 
 def tokenize(batch, tokenizer, end_of_text):
-    """Tokenize documents, each ended by the end-of-text token. Count tokens, bytes and words."""
+    """Tokenize documents, each ended by the end-of-text token. Count tokens and so on."""
     ids = []
     for text, templated in zip(batch["text"], batch["templated"], strict=True):
         # Raw text is data: a control token quoted in it is spelled out. A template adds its BOS.
@@ -117,6 +121,7 @@ def tokenize(batch, tokenizer, end_of_text):
     return {
         "input_ids": ids,
         "tokens": [len(document) for document in ids],
+        "unknown": [document.count(tokenizer.unk_token_id) for document in ids],
         "bytes": [len(text.encode()) for text in batch["text"]],
         "words": [len(text.split()) for text in batch["text"]],
     }
@@ -138,11 +143,13 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt")
     vocabulary = tokenizer.get_vocab()
     end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
+    if end_of_text not in vocabulary:
+        fail("the tokenizer has no end-of-text token. Set eos_token")
     key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
 
     documents = load_documents(flag, data, tokenizer, key)
     ids = {"input_ids": List(Value("int32"))}
-    numbers = dict.fromkeys(("tokens", "bytes", "words"), Value("int64"))
+    numbers = dict.fromkeys(("tokens", "unknown", "bytes", "words"), Value("int64"))
     tokens = documents.map(
         tokenize,
         batched=True,
@@ -150,7 +157,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         remove_columns=documents.column_names,
         num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
         features=Features(ids | numbers),
-        new_fingerprint=f"{key}-tokens",
+        new_fingerprint=f"{key}-counted",
         desc=f"tokenize {flag}",
     ).with_format("numpy")
     counts = {name: int(tokens[name][:].sum()) for name in numbers}
@@ -161,6 +168,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "
         f"{counts['tokens'] / max(1, counts['words']):.2f} per word; {end_of_text!r} ends each"
     )
+    check_unknown(tokenizer, counts, f"{flag} {data}")
     sequences = tokens.map(
         cut,
         batched=True,
@@ -172,6 +180,14 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         desc=f"cut {flag}",
     )
     return sequences.with_format("torch"), counts | {"documents": len(tokens), "key": key}
+
+
+def check_unknown(tokenizer, counts, what):
+    """Fail if the tokenizer does not know the script: <unk> everywhere is easy to predict."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    share = counts["unknown"] / counts["tokens"]
+    if share > 0.01 and tokenizer.unk_token_id not in special:
+        fail(f"{what}: {share:.1%} of the tokens are <unk>. Choose a model that knows the script")
 
 
 def batch_indices(step, batch_size, num_sequences, seed):

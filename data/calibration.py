@@ -8,7 +8,6 @@ shuffled, concatenated and cut into sequences without padding (Section 4.2 and T
 
 import datetime
 import gzip
-import json
 import random
 import sys
 import types
@@ -24,6 +23,8 @@ from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 from tqdm import tqdm
 from transformers.utils import chat_template_utils
+
+from data.rows import parse
 
 PRESETS = {  # --data: data set, revision, size of the download
     "tulu": ("allenai/tulu-3-sft-olmo-2-mixture", "main", "1.4 GB"),
@@ -54,7 +55,7 @@ def to_document(row):
     # encode() raises for what is not text, and for half of a surrogate pair.
     if not turns:
         row["text"].encode()
-        return row["text"]
+        return row["text"].removeprefix("\ufeff")
     for turn in turns:
         turn["role"].encode()
         turn["content"].encode()
@@ -73,9 +74,9 @@ def read_documents(path):
         open_file = gzip.open if path.suffix == ".gz" else open
         with open_file(path, "rb") as lines:
             for line in lines:
-                line = line.decode("utf-8-sig").strip()
-                if line:
-                    row = {"text": line} if path.suffix == ".txt" else json.loads(line)
+                if line.strip():
+                    raw = path.suffix == ".txt"
+                    row = {"text": line.decode("utf-8-sig").strip()} if raw else parse(line)
                     yield to_document(row)
                 number += 1
     except BAD_FILE as error:
@@ -129,6 +130,10 @@ def calibration_tokens(data, tokenizer, num_samples, seq_len, seed):
         ids += tokenize(document, tokenizer)
         if len(ids) >= num_samples * seq_len:
             break
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    unknown = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+    if unknown > 0.01 and tokenizer.unk_token_id not in special:
+        fail(f"--data {data}: {unknown:.1%} of the tokens are <unk>. Choose a model of its script")
     samples = min(num_samples, len(ids) // seq_len)
     if samples == 0:
         fail(f"--data {data}: {len(ids)} tokens do not fill one sequence. Give more text")

@@ -1,19 +1,19 @@
 """An instruct model as evaluate.py and chat_eval.py use it: files, tokenizer, chats, weights."""
 
 import datetime
+import json
 import os
 import random
 import types
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import chat_template_utils
+from transformers.utils import chat_template_utils, logging
 
+from data import models
 from data.evaluation import fail, sha256_of
 
 DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
@@ -34,38 +34,40 @@ def find_model(name):
 
 def load_tokenizer(folder):
     """Return config and tokenizer of an instruct model. Refuse what cannot be evaluated."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        fail(f"model {folder}: {error}")
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        fail(f"model {folder}: {config.model_type} is not a decoder. Give a causal language model")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, tokenizer = models.load_skeleton(folder, fail)
     if tokenizer.chat_template is None:
         fail(f"model {folder} has no chat template. Give an instruct model")
-    return config, tokenizer
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        fail(f"model {folder}: its tokenizer has no BOS and no EOS token. Set one")
+    return model.config, tokenizer
 
 
 def load_model(folder, tokenizer, dtype, device):
     """Return the model, the ids that end a turn, and the ids with a newline in them."""
-    options = dict(dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        fail(f"model {folder}: {error}")
-    if info["missing_keys"]:
-        fail(f"model {folder}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
-
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    model = models.load_weights(folder, fail, dtype=getattr(torch, dtype))
+    ends = {tokenizer.eos_token_id, *end_tokens(folder)} - {None}
     # A turn also ends with what the template closes it with.
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     closing = encode(tokenizer, render(tokenizer, turns).rstrip())[-1]
     ends |= {closing} & set(tokenizer.all_special_ids)
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     newlines = [i for i, text in enumerate(texts) if "\n" in text]
-    model.generation_config = transformers.GenerationConfig()  # Table 9 alone decides
     return model.to(device).eval(), sorted(ends), newlines
+
+
+def end_tokens(folder):
+    """Return the end-of-text tokens that generation_config.json or config.json names."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((folder / name).read_text())["eos_token_id"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        found = found if isinstance(found, list) else [found]
+        if all(isinstance(token, int) for token in found):
+            return found
+    return []
 
 
 def choose_device(args):
@@ -98,7 +100,7 @@ def render(tokenizer, messages):
     options["add_generation_prompt"] = messages[-1]["role"] != "assistant"
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (TemplateError, *models.BAD_MODEL) as error:
         roles = [turn["role"] for turn in messages]
         fail(f"the model's chat template refuses a chat of {roles} ({error}). Repair it")
 

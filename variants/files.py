@@ -23,9 +23,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from data import models
 from variants.distributed import RANK, WORLD, add_up, barrier, fail, full, local
 
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
@@ -74,32 +74,15 @@ def load_skeleton(name):
     """Return (the model without weights, its tokenizer, the directory of its files)."""
     if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         fail(f"--model {name}: no such directory. Give a model directory or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        directory = Path(cached_file(name, "config.json")).parent
-    except (OSError, ValueError) as error:  # ValueError: not a causal language model
-        fail(f"--model {name}: {error}. Give a directory or hub id of a causal language model")
-    if getattr(config, "quantization_config", None):
-        fail(f"--model {name}: quantized weights cannot be trained. Give the unquantized model")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"--model {name}: its tokenizer has more tokens than its embeddings have rows")
+    model, tokenizer = models.load_skeleton(name, fail)
+    directory = Path(cached_file(name, "config.json")).parent
     return model, tokenizer, directory
 
 
 def load_model(name, config, **options):
     """Return the model, of the commit of config. Exit with an error if its files lack a tensor."""
-    options["revision"] = getattr(config, "_commit_hash", None) or "main"
-    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        fail(f"--model {name}: {error}")
-    if info["missing_keys"]:
-        fail(f"--model {name}: files lack {sorted(info['missing_keys'])[:3]}. Download it again")
-    return model
+    commit = getattr(config, "_commit_hash", None) or "main"
+    return models.load_weights(name, fail, revision=commit, **options)
 
 
 def fingerprint(model):
@@ -188,7 +171,7 @@ def check_fit(args, model, masks):
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and args.seq_len > context:
+    if 0 < (context or 0) < args.seq_len:
         fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
 
 
@@ -228,7 +211,9 @@ def check_out(out, resume):
         fail(f"--out {out}: holds a checkpoint. Add --resume, or delete it to start again")
     if resume and not checkpoint:
         fail(f"--resume: {out}/checkpoint holds no checkpoint. Leave --resume out to start")
+    # A damaged log does not stand in the way of a sound checkpoint beside it.
     ours = log.exists() and log.open(errors="replace").readline().startswith('{"settings"')
+    ours = ours or checkpoint
     if (log.exists() or (out / "model.tmp").exists()) and not ours:
         fail(f"--out {out}: holds files that train.py did not write. Choose another directory")
 

@@ -1,0 +1,92 @@
+"""Which models the stages take: what config.json, the tokenizer and the weight files must be.
+
+All stages ask here, so that a model which one refuses is refused by the others, for one reason.
+"""
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+# What transformers raises for files that are missing, damaged, or of another kind of model.
+BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
+BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError)
+ENCODERS = ("bert-generation", "trocr", "xlnet")  # these do not say so in their config
+
+
+def load_config(name, fail):
+    """Return the config of a decoder-only model that has attention and unquantized weights.
+
+    name: directory or hub id. fail(message) is called for any other model, and must not return.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+    except BAD_MODEL as error:
+        fail(f"model {name} cannot be read: {error}")
+    kind = config.model_type
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or kind in ENCODERS
+    if masked or config.is_encoder_decoder:
+        fail(f"model {name}: {kind} has an encoder. Give a decoder-only model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fail(f"model {name}: {kind} is not a causal language model. Give one")
+    if not hasattr(text, "num_attention_heads"):
+        fail(f"model {name}: {kind} has no attention. Give a transformer")
+    if getattr(config, "quantization_config", None):
+        fail(f"model {name}: its weights are quantized. Give the unquantized model")
+    if positions is not None and positions < 1:
+        fail(f"model {name}: config.json allows {positions} positions. Repair it")
+    return config
+
+
+def load_tokenizer(name, rows, fail):
+    """Return the tokenizer, whose ids are below `rows`, the number of embeddings."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        vocabulary = tokenizer.get_vocab()
+    except BAD_MODEL as error:
+        fail(f"model {name}: its tokenizer cannot be read: {error}")
+    except Exception as error:
+        if type(error) is not Exception:  # what tokenizers raises for any damage
+            raise
+        fail(f"model {name}: its tokenizer cannot be read: {error}")
+    size = max(vocabulary.values(), default=-1) + 1
+    if not 0 < size <= rows:
+        fail(f"model {name}: {size} tokens, but {rows} embeddings. Check its tokenizer")
+    return tokenizer
+
+
+def load_skeleton(name, fail):
+    """Return (the model on the meta device: shapes without weights, its tokenizer)."""
+    config = load_config(name, fail)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        rows = model.get_input_embeddings().num_embeddings
+    except BAD_MODEL as error:
+        fail(f"model {name} cannot be built: {error}")
+    return model, load_tokenizer(name, rows, fail)
+
+
+def load_weights(name, fail, **options):
+    """Return the model. Fail if a tensor is missing, because it would be initialized randomly.
+
+    generation_config.json is not read: it says how to sample, and may be one that no model takes.
+    """
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options["generation_config"] = GenerationConfig()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    except BAD_MODEL as error:
+        fail(f"model {name} cannot be loaded: {error}")
+    if info["missing_keys"]:
+        fail(f"model {name}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
+    return model

@@ -1,0 +1,29 @@
+"""One rule for every file of JSON Lines that a stage reads: a row is an object on one line."""
+
+import json
+
+
+def parse(line):
+    """Return the row of a line of bytes. Raise ValueError that says what the line seems to be."""
+    try:
+        text = line.decode("utf-8-sig")
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(guess(line) or error) from None
+    if not isinstance(row, dict):
+        raise ValueError(guess(line) or f"{text.strip()[:40]} is no object")
+    return row
+
+
+def guess(line):
+    """Return what a line that is no row seems to be, and what to do, or an empty string."""
+    start = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if b"\0" in line:
+        return "it is in UTF-16 or UTF-32: convert the file to UTF-8"
+    if start[:1] == b"[":
+        return "it begins a JSON array: write each of its objects on a line of its own"
+    if start == b"{":
+        return "it begins an object of several lines: write each object on one line"
+    if b"\t" in start and start[:1] != b"{":
+        return "it is a line of tab-separated values: write them as JSON objects"
+    return ""
