@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.rows import parse
+
 LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
+IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
 LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
 
 
@@ -55,13 +58,15 @@ def read_rows(args, side, name, columns, optional=False):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse(line)
             json.dumps(row, ensure_ascii=False).encode()  # fails at half of a surrogate pair
             turns = row.get("messages") or []
             texts = [turn["content"].strip() for turn in turns]
             if not turns:
-                texts = [row[column] for column in columns]
-            if not all(isinstance(text, (str, int, float)) and str(text).strip() for text in texts):
+                numbers = [name for name in columns if type(row[name]) in (int, float)]
+                row |= {name: str(row[name]) for name in numbers if name not in IDS}
+                texts = [row[name] for name in columns]
+            if not all(type(text) in (str, int, float) and str(text).strip() for text in texts):
                 raise ValueError("a text is empty")
             if turns and [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
                 raise ValueError("messages do not end with a user's turn and an assistant's")
