@@ -14,12 +14,12 @@ Table 9. In the results, `source` is English (mt: X to English) and `target` the
 On a CPU, in a few minutes:
     python evaluate.py --model runs/ne/fft/model --lang ne --data-dir data/embedded \
         --out runs/ne/fft/eval.json --num-samples 100 --greedy --max-new-tokens 32
-On one GPU, as published:
+On one GPU, as published; on four, with the same results: torchrun --nproc_per_node=4 evaluate.py
     python evaluate.py --model MODEL --lang ne --data-dir data/paper --out eval.json \
         --tasks mt,sum,mrc,mmlu
 
 Every finished item goes to eval.items.jsonl beside eval.json, with prompt, prediction and scores.
-The same command continues from there and gives the results of an uninterrupted run.
+The same command, on any number of GPUs, continues from there to the results of a whole run.
 """
 
 import argparse
@@ -27,22 +27,20 @@ import inspect
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import sys
 from collections import Counter
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import sacrebleu
 import torch
-import transformers
 from tqdm import tqdm
 
 from data.evaluation import (
     LANGUAGES,
+    append,
     check_out,
     fail,
     git_commit,
@@ -55,6 +53,7 @@ from data.evaluation import (
     sha256_of,
     sides,
     to_lines,
+    versions_for,
     write_atomically,
 )
 from data.instruct import (
@@ -69,6 +68,7 @@ from data.instruct import (
     load_tokenizer,
     split,
 )
+from variants import distributed
 
 ROOT = Path(__file__).resolve().parent
 GREEDY = dict(do_sample=False)
@@ -81,7 +81,7 @@ BPB_SETS = [("source", "heldout"), ("source", "prose"), ("source", "news"), ("ta
 MMLU = ["sample_id", "subject", "question", *OPTIONS, "answer"]
 BELEBELE = ["link", "question_number", "flores_passage", "question", *ANSWERS, "correct_answer_num"]
 DTYPES = ("float32", "bfloat16", "float16")
-NOT_SETTINGS = ("model", "lang", "data_dir", "out")
+NOT_SETTINGS = ("model", "lang", "data_dir", "out", "timeout")
 
 
 # ---- Tasks: each yields items, (what to save, prompt ids, [continuation ids to score, ...]) ------
@@ -334,10 +334,9 @@ def answer(model, batch, args, stop_ids):
     if len(batch) > 1 and batch[0][0]["task"] in ("mrc", "mmlu"):
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if args.batch_tokens == 0:
-        sums = [loglik(model, [row])[0] for row in rows]
+        sums = iter([loglik(model, [row])[0] for row in rows])
     else:
-        sums = loglik(model, rows, shared)
-    sums = iter(sums)
+        sums = iter(loglik(model, rows, shared))
     return [list(islice(sums, len(parts))) for _, _, parts in batch]
 
 
@@ -398,7 +397,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="directory or hub id of an instruct model")
     add("--lang", required=True, choices=sorted(LANGUAGES.keys() - {"en"}), help="target language")
     add("--data-dir", required=True, help="directory with en/ and one for each target language")
-    add("--out", required=True, help="file to write, eval.json")
+    add("--out", required=True, type=Path, help="file to write, eval.json")
     add("--tasks", default="bpb,mcq,mt", help=f"some of {names} (default: bpb,mcq,mt)")
     add("--num-samples", type=int, default=500, help="items of bpb, mcq, mt, sum (default: 500)")
     add("--num-questions", type=int, help="items of mrc and mmlu (default: all)")
@@ -409,6 +408,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="seed of items, examples and samples (default: 42)")
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on cuda, float32 on cpu)")
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
+    add("--timeout", type=float, default=10, help="minutes to wait for a rank (default: 10)")
     args = parser.parse_args(argv)
     counts = [args.num_samples, args.runs, args.max_new_tokens, args.batch_tokens]
     if min(*counts, args.num_questions or 1) < 1 or not 0 <= args.seed < 2**32:
@@ -425,32 +425,29 @@ def parse_args(argv=None):
 def answer_all(args, folder, config, tokenizer, items, done, path):
     """Add what is not done yet to `done`, {key: record}, and to the items file."""
     model, ends, newlines = load_model(folder, tokenizer, args.dtype, args.device)
-    if not can_batch(model, config, args.context, loglik, generate):
+    if not distributed.from_rank_zero(can_batch(model, config, args.context, loglik, generate)):
         args.batch_tokens = 0  # one by one
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(items), unit="item") as bar:
-        for number, batch in make_batches(items.values(), args):
-            first = batch[0][0]
-            bar.set_description(f"{first['task']} {first['side']}")
-            bar.update(len(batch))
-            if all(key_of(saved) in done for saved, _, _ in batch):
-                continue
-            # Each batch has its own seed: an interrupted run samples what a whole one does.
-            torch.manual_seed((args.seed + first["run"]) * 1_000_003 + number)
-            found = answer(model, batch, args, ends + newlines)
-            for (saved, _, _), values in zip(batch, found, strict=True):
-                done[key_of(saved)] = score(saved, values, tokenizer)
-                file.write(to_lines([done[key_of(saved)]]))
-            file.flush()
+    batches = make_batches(items.values(), args)
+    left = [b for b in batches if any(key_of(saved) not in done for saved, _, _ in b[1])]
+    with tqdm(total=sum(len(batch) for _, batch in left), unit="item") as bar:
+        for mine in distributed.rounds(left):
+            records = []
+            for number, batch in mine:
+                # Each batch has its own seed: an interrupted run samples what a whole one does.
+                torch.manual_seed((args.seed + batch[0][0]["run"]) * 1_000_003 + number)
+                found = answer(model, batch, args, ends + newlines)
+                for (saved, _, _), values in zip(batch, found, strict=True):
+                    records.append(score(saved, values, tokenizer))
+            for some in distributed.gather(records):
+                done |= {key_of(saved): saved for saved in some}
+                append(path, some)
+                bar.update(len(some))
 
 
 def evaluate(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
     # Read the data and build all prompts before the model is loaded.
-    out = Path(args.out)
-    items_path = out.with_suffix(".items.jsonl")
-    check_out(out, "ssu-eval")
+    items_path = args.out.with_suffix(".items.jsonl")
+    check_out(args.out, "ssu-eval")
     check_out(items_path, "ssu-eval-items")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     folder, model_sha256 = find_model(args.model)
@@ -463,30 +460,33 @@ def evaluate(args):
     # An interrupted run continues only with the same of all this.
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
     settings |= dict(date=str(DATE.date()), enable_thinking=False)
-    versions = {name: version(name) for name in ("torch", "transformers", "sacrebleu")}
-    versions |= dict(python=platform.python_version(), threads=str(torch.get_num_threads()))
-    versions |= dict(cpu=torch.backends.cpu.get_cpu_capability())
+    versions = versions_for(args.device)
     code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
     header |= dict(versions=versions, code_sha256=sha256_of(code))
 
-    with locked(out):
+    with locked(args.out):
         done = read_items(items_path, header)
         write_atomically(items_path, to_lines([header, *done.values()]))
+        distributed.join(args.device, args.timeout)
+        done = distributed.from_rank_zero(done)
         if items.keys() - done.keys():
             answer_all(args, folder, config, tokenizer, items, done, items_path)
+        if distributed.RANK > 0:
+            return
         records = [done[key] for key in items]
         write_atomically(items_path, to_lines([header, *records]))
 
         content = dict(format="ssu-eval", version=1, model=args.model, lang=args.lang)
         content |= dict(settings=settings, versions=versions, device=args.device)
         content |= dict(git_commit=git_commit(), results=summarize(records))
-        write_atomically(out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    print(f"wrote {out}; every item is in {items_path}")
+        write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    print(f"wrote {args.out}; every item is in {items_path}")
     print("next: python tools/report.py DIRECTORY, with that of the source model's evaluation")
 
 
 def main(argv=None):
+    distributed.quiet()
     try:
         evaluate(parse_args(argv))
     except OSError as error:  # a missing file, a full disk

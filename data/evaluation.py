@@ -5,12 +5,17 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from data.rows import parse
+from variants.distributed import RANK
 
 LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
 IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
@@ -39,6 +44,16 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def versions_for(device):
+    """Return all versions that results may depend on, on a CPU also its kind and threads."""
+    versions = {name: version(name) for name in ("torch", "transformers", "sacrebleu")}
+    versions |= dict(python=platform.python_version())
+    if device == "cpu":
+        versions |= dict(threads=str(torch.get_num_threads()))
+        versions |= dict(cpu=torch.backends.cpu.get_cpu_capability())
+    return versions
 
 
 # ---- Evaluation sets -----------------------------------------------------------------------------
@@ -101,6 +116,8 @@ def in_words(language, row, options, context=""):
 
 def write_atomically(path, text):
     """Write a text file under a temporary name and rename it, so that it is never incomplete."""
+    if RANK > 0:
+        return
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -121,6 +138,9 @@ def check_out(path, form):
 @contextlib.contextmanager
 def locked(out):
     """Create the directory of --out, and keep other processes from writing there."""
+    if RANK > 0:  # rank 0 alone writes
+        yield
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(".lock"), "w") as lock:
         try:
@@ -137,7 +157,7 @@ def key_of(saved):
 
 def read_items(path, header):
     """Return {key: record} of an interrupted run with the same header, or else nothing."""
-    if not path.exists():
+    if RANK > 0 or not path.exists():
         return {}
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
@@ -152,3 +172,9 @@ def read_items(path, header):
 
 def to_lines(values):
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def append(path, records):
+    """Add finished items to the items file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(to_lines(records))
