@@ -145,14 +145,16 @@ def check_values(args):
 def load_skeleton(name):
     """Return the model of a directory or hub id on the meta device: shapes without memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from data.models import BAD_MODEL, load_config
+
+    config = load_config(name, fail)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: {error}")
+    except BAD_MODEL as error:
+        fail(f"model {name} cannot be built: {error}")
 
 
 def half_of_each_matrix(model, ratio):
