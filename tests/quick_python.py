@@ -72,9 +72,9 @@ def serve(listener, parent):
 
 
 def is_ours(module):
-    return str(getattr(module, "__file__", None)).startswith(f"{ROOT}/") and ".venv" not in str(
-        module
-    )
+    """Also variants, which has no file, and would keep the modules that it had."""
+    place = getattr(module, "__file__", None) or list(getattr(module, "__path__", []))
+    return f"{ROOT}/" in str(place) and ".venv" not in str(place)
 
 
 def run(client):
