@@ -71,10 +71,11 @@ def parse_args():
     add("--batch-size", type=int, default=8, help="sequences per step, of all processes")
     add("--micro-batch-size", type=int, default=2, help="sequences per forward pass")
     add("--seq-len", type=int, default=128, help="tokens per sequence")
-    add("--precision", choices=["bf16", "bf16-true", "fp32"], default="fp32", help="precision")
+    add("--precision", choices=train.PRECISIONS, default="fp32", help="precision")
     add("--compact", action="store_true", help="compact training")
     add("--gradient-checkpointing", action="store_true", help="recomputation of activations")
-    add("--shard", action="store_true", help="fully_shard with one process, too")
+    add("--compare-shard", action="store_true", help="fully_shard on one process, or none")
+    add("--shard", action="store_true", help=argparse.SUPPRESS)  # on one process, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cuda", "cpu"], default=device, help="device")
     add("--worker", type=Path, help=argparse.SUPPRESS)  # where a process writes what it found
@@ -139,28 +140,43 @@ def worker(args):
     args.worker.write_text(json.dumps(found))
 
 
-def launch(args, ranks):
-    """Return what `ranks` processes found."""
+def launch(ranks, *more):
+    """Return what `ranks` processes found, with more arguments for each."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={ranks}", __file__, *sys.argv[1:], "--worker", str(found)]
+        command += [f"--nproc_per_node={ranks}", __file__, *sys.argv[1:], *more]
+        command += ["--worker", str(found)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"bench_scaling.py: {ranks} processes failed: {done.stderr[-3000:]}")
         return json.loads(found.read_text())
 
 
+def compare_shard():
+    """Print how far the losses of one process are apart with fully_shard and without."""
+    plain, sharded = launch(1), launch(1, "--shard")
+    apart = max(abs(a - b) for a, b in zip(plain["losses"], sharded["losses"], strict=True))
+    ratio = sharded["seconds"] / plain["seconds"]
+    peaks = sharded["peak"] / 1e9, plain["peak"] / 1e9
+    said = f"losses within {apart:.1e}, step time x {ratio:.2f}, peak %.1f against %.1f GB" % peaks
+    if apart > 1e-3:
+        sys.exit(f"bench_scaling.py: fully_shard changes the result: {said}")
+    print(said)
+
+
 def main():
     args = parse_args()
     if args.worker:
         return worker(args)
+    if args.compare_shard:
+        return compare_shard()
     found = {ranks: [] for ranks in args.ranks}
     for _ in tqdm(range(args.rounds), unit="round"):
         for ranks, runs in found.items():
-            runs.append(launch(args, ranks))
+            runs.append(launch(ranks))
 
     way = "compact" if args.compact else "masked"
     print(f"{args.shape}, {way}, {args.precision}, {args.device}: {args.batch_size} x", end=" ")

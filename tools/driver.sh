@@ -104,7 +104,7 @@ run() {  # COMMAND...: run it in a process group of its own, so that a signal en
     fi
 }
 
-several=(train.py)  # the stages that several processes can run
+several=(train.py score.py evaluate.py)  # the stages that several processes can run
 launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
     local processes=1
     [[ " ${several[*]} " != *" $2 "* ]] || processes=$NPROC
