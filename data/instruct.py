@@ -98,11 +98,14 @@ def render(tokenizer, messages):
     chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)  # of strftime_now
     options = dict(tokenize=False, enable_thinking=False)
     options["add_generation_prompt"] = messages[-1]["role"] != "assistant"
+    roles = [turn["role"] for turn in messages]
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        text = tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, *models.BAD_MODEL) as error:
-        roles = [turn["role"] for turn in messages]
         fail(f"the model's chat template refuses a chat of {roles} ({error}). Repair it")
+    if not text.strip():
+        fail(f"the model's chat template writes nothing for a chat of {roles}. Repair it")
+    return text
 
 
 def ask(tokenizer, text, shots=()):
