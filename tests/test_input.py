@@ -1,0 +1,295 @@
+"""What every stage refuses alike, in one line: damaged models, other kinds of them, text that is not
+JSON Lines. And what no stage may be stopped by.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import TEMPLATE, TEXT, forked, write_jsonl
+from safetensors.torch import load_file
+from test_architectures import evaluate_argv, evaluation, train_argv  # noqa: F401
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import evaluate
+import make_mask
+import score
+import train
+from data.rows import parse
+from variants import files
+
+
+def some_fast(kinds, number):
+    """Return parameters of which the first `number` are tried by the fast tests."""
+    slow = [pytest.param(*as_tuple(kind), marks=pytest.mark.slow) for kind in list(kinds)[number:]]
+    return [pytest.param(*as_tuple(kind)) for kind in list(kinds)[:number]] + slow
+
+
+def as_tuple(kind):
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+def commands(model, chats, text, evaluation, out):  # noqa: F811
+    """Return {stage: (main, argv)} of all stages that read a model."""
+    scores = ["--model", model, "--data", chats, "--num-samples", 2, "--seq-len", 32]
+    return {
+        "score": (score.main, [*scores, "--out", out / "scores"]),
+        "make_mask": (
+            make_mask.main,
+            ["--method", "hft", "--model", model, "--out", out / "mask"],
+        ),
+        "train": (train.main, train_argv(model, text, out / "out")),
+        "evaluate": (evaluate.main, evaluate_argv(model, evaluation, out / "eval.json")),
+    }
+
+
+def refused(capsys, main, argv):
+    """Run a stage, which must exit with 2. Return its one line of error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main([str(a) for a in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert error.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def changed(model, folder, **change):
+    """Return a copy of a model whose config.json has other values."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+CONFIGS = {
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    "encoder-decoder": ({"model_type": "t5"}, "t5 has an encoder"),
+    "wrong type": ({"rms_norm_eps": "a"}, "expected float, got str"),
+    "out of range": ({"pad_token_id": 9999}, "Padding_idx"),
+    "unknown": ({"hidden_act": "nope"}, "nope"),
+    "no number": ({"dtype": "nope"}, "nope"),
+    "zero": ({"num_attention_heads": 0}, "zero"),
+    "no positions": ({"max_position_embeddings": -1}, "allows -1 positions"),
+    "few rows": ({"vocab_size": 300}, "400 tokens, but 300 embeddings"),
+    "list": ({"quantization_config": 5}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", some_fast(CONFIGS, 4))
+def test_bad_configs_end_every_stage(kind, olmo2, chats, text, evaluation, tmp_path, capsys):  # noqa: F811
+    change, message = CONFIGS[kind]
+    model = changed(olmo2, tmp_path / "model", **change)
+    for main, argv in commands(model, chats, text, evaluation, tmp_path).values():
+        assert message in refused(capsys, main, argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+FILES = {
+    ("tokenizer.json", '{"model": {"type": "Z"}, "added_tokens": []}'): "its tokenizer cannot be",
+    ("config.json", "["): "not a valid JSON file",
+    ("config.json", "[1]"): "Unrecognized model",
+    ("tokenizer.json", "{"): "its tokenizer cannot be read",
+    ("tokenizer.json", "{}"): "its tokenizer cannot be read",
+    ("tokenizer_config.json", "[]"): "its tokenizer cannot be read",
+}
+
+
+@pytest.mark.parametrize("file,content", some_fast(FILES, 2))
+def test_damaged_files_end_every_stage(
+    file,
+    content,
+    olmo2,
+    chats,
+    text,
+    evaluation,
+    tmp_path,
+    capsys,  # noqa: F811
+):
+    model = changed(olmo2, tmp_path / "model")
+    (model / file).write_text(content)
+    for main, argv in commands(model, chats, text, evaluation, tmp_path).values():
+        assert FILES[file, content] in refused(capsys, main, argv)
+
+
+def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
+    olmo2,
+    chats,
+    text,
+    evaluation,
+    tmp_path,
+    capsys,  # noqa: F811
+):
+    model = changed(olmo2, tmp_path / "model")
+    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<unk>": 3, "the": 4}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    found = commands(model, chats, text, evaluation, tmp_path)
+    for name in ("score", "train", "evaluate"):
+        assert "% of the tokens are <unk>" in refused(capsys, *found[name])
+
+
+def test_a_tokenizer_without_end_of_text_ends_every_stage(
+    olmo2,
+    chats,
+    text,
+    evaluation,
+    tmp_path,
+    capsys,  # noqa: F811
+):
+    model = changed(olmo2, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (model / name).read_text()
+        (model / name).write_text(content.replace("<|endoftext|>", "<|other|>"))
+    found = commands(model, text, text, evaluation, tmp_path)
+    assert "no end-of-text token" in refused(capsys, *found["score"])
+    assert "no end-of-text token" in refused(capsys, *found["train"])
+    assert "no BOS and no EOS token" in refused(capsys, *found["evaluate"])
+
+
+GENERATION = [
+    {"num_return_sequences": 4},
+    {"stop_strings": ["a"]},
+    {"penalty_alpha": 0.6},
+    {"dola_layers": "high"},
+    {"num_beams": "x"},
+    [1],
+]
+TEMPLATES = ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[0]['content'] + 1 }}"]
+
+
+@pytest.mark.parametrize("number", some_fast(range(6), 1))
+def test_nothing_stands_between_a_trained_model_and_its_folder(number, olmo2, text, tmp_path):
+    """Neither a generation_config.json that no model takes nor a chat template that fails."""
+    model = changed(olmo2, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(GENERATION[number]))
+    (model / "chat_template.jinja").write_text(TEMPLATES[number % 3])
+    train.main([str(a) for a in train_argv(model, text, tmp_path / "out")])
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out/model" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_template_that_writes_nothing(olmo2, evaluation, tmp_path, capsys):  # noqa: F811
+    model = changed(olmo2, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{# nothing #}")
+    argv = evaluate_argv(model, evaluation, tmp_path / "eval.json")
+    assert "writes nothing" in refused(capsys, evaluate.main, argv)
+
+
+LINES = {
+    '{"text": "a"}\n'.encode("utf-16"): "UTF-16",
+    b'{\n "text": "a"\n}\n': "an object of several lines",
+    b'[{"text": "a"},\n{"text": "b"}]\n': "a JSON array",
+    b'[{"text": "a"}]': "a JSON array",
+    b"text\tlabel\na\t1\n": "tab-separated",
+    '{"text": "a"}\n'.encode("utf-16-be"): "UTF-16",
+    '{"text": "a"}\n'.encode("utf-32"): "UTF-32",
+}
+
+
+@pytest.mark.parametrize("content", some_fast(LINES, 3))
+def test_other_formats_are_named_by_every_reader(
+    content,
+    olmo2,
+    chats,
+    text,
+    evaluation,
+    tmp_path,
+    capsys,  # noqa: F811
+):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(content)
+    folder = shutil.copytree(evaluation, tmp_path / "evaluation")
+    (folder / "ne/heldout.jsonl").write_bytes(content)
+    for main, argv in (
+        commands(olmo2, data, text, evaluation, tmp_path)["score"],
+        commands(olmo2, chats, data, evaluation, tmp_path)["train"],
+        commands(olmo2, chats, text, folder, tmp_path)["evaluate"],
+    ):
+        line = refused(capsys, main, argv)
+        assert LINES[content] in line and "damaged" not in line
+    with pytest.raises(ValueError, match=LINES[content]):
+        parse(content.split(b"\n")[0])
+
+
+def test_a_byte_order_mark_is_not_text(olmo2, tmp_path):
+    """Neither that of a file nor one at the start of a text."""
+    rows = [{"text": TEXT[i % 5] + str(i)} for i in range(40)]
+    plain = write_jsonl(tmp_path / "plain.jsonl", rows)
+    marked = write_jsonl(tmp_path / "m.jsonl", [{"text": "\ufeff" + row["text"]} for row in rows])
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    found = {}
+    for name, path in (("plain", plain), ("marked", marked)):
+        out = tmp_path / name
+        argv = ["--model", olmo2, "--data", path, "--num-samples", 2, "--seq-len", 32]
+        score.main([str(a) for a in [*argv, "--out", tmp_path / "scores"]])
+        train.main([str(a) for a in train_argv(olmo2, path, out)])
+        weights = (out / "model/model.safetensors").read_bytes()
+        found[name] = (score.digest_of(load_file(tmp_path / "scores")), weights)
+    assert found["plain"] == found["marked"]
+
+
+def test_chats_of_parts_are_refused_as_held_out_text(olmo2, text, tmp_path, capsys):
+    """A template would write the list as Python does."""
+    parts = [{"type": "text", "text": "a"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
+    held_out = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
+    argv = [*train_argv(olmo2, text, tmp_path / "out"), "--source-eval", held_out]
+    assert "row 1 has no usable" in refused(capsys, train.main, argv)
+
+
+NUMBERS = {
+    "heldout": {"text": 5},
+    "mmlu.test": {"question": 5, "option_a": 1, "option_b": 2, "option_c": 3, "option_d": 4},
+    "mmlu.dev": {"subject": 3},
+}
+
+
+def test_numbers_in_evaluation_sets_are_text(olmo2, evaluation, tmp_path):  # noqa: F811
+    folder = shutil.copytree(evaluation, tmp_path / "evaluation")
+    for name, numbers in NUMBERS.items():
+        for side in ("en", "ne"):
+            path = folder / f"{side}/{name}.jsonl"
+            rows = [json.loads(line) | numbers for line in path.read_text().splitlines()]
+            for i, row in enumerate(rows):
+                row.update(subject=3, domain=["a"], text=f"{row.get('text')}" if i else 5)
+            write_jsonl(path, rows)
+    evaluate.main([str(a) for a in evaluate_argv(olmo2, folder, tmp_path / "eval.json")])
+
+
+def test_a_damaged_log_does_not_stop_a_sound_checkpoint(olmo2, text, tmp_path):
+    out = tmp_path / "out"
+    argv = [str(a) for a in [*train_argv(olmo2, text, out), "--save-every", 1]]
+    train.main(argv)
+    whole = (out / "model/model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    checkpoint_of(argv, out)
+    (out / "train.jsonl").write_bytes(b"\xff\xfe damaged\n")
+    train.main([*argv, "--resume"])
+    assert (out / "model/model.safetensors").read_bytes() == whole
+
+
+def checkpoint_of(argv, out):
+    """Leave a folder as a run does that was killed before its last step."""
+
+    def die():
+        real = files.save_checkpoint
+
+        def save(*arguments):
+            real(*arguments)
+            os._exit(9)
+
+        files.save_checkpoint = save
+
+    (out / "train.jsonl").unlink()
+    pid = forked(train.main, argv, die)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
