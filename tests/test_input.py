@@ -1,5 +1,6 @@
-"""What every stage refuses alike, in one line: damaged models, other kinds of them, text that is not
-JSON Lines. And what no stage may be stopped by.
+"""What every stage refuses alike, in one line: damaged models and text, and other kinds of them.
+
+And what no stage may be stopped by.
 """
 
 import json
