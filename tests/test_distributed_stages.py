@@ -168,8 +168,9 @@ def test_what_evaluate_refuses_is_one_line(llama, data, tmp_path, python):  # no
 
 
 @slow
-@pytest.mark.parametrize("first,second", [(2, 1), (2, 3), (3, 2)])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how,first,second", [(signal.SIGKILL, 2, 3), (signal.SIGKILL, 3, 2), (signal.SIGSTOP, 2, 1)]
+)
 def test_a_rank_that_dies_or_hangs_ends_the_evaluation_and_the_next_goes_on(
     how,
     first,
