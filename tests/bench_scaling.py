@@ -180,9 +180,10 @@ def main():
 
     way = "compact" if args.compact else "masked"
     print(f"{args.shape}, {way}, {args.precision}, {args.device}: {args.batch_size} x", end=" ")
-    print(f"{args.seq_len} tokens a step in micro-batches of {args.micro_batch_size}; GB = 1e9\n")
+    print(f"{args.seq_len} tokens a step in micro-batches of {args.micro_batch_size};", end=" ")
+    print("MB are 1e6 bytes a step\n")
     first = args.ranks[0]
-    head = ["processes", "s a step", f"to {first}", "gathered, GB", "reduced, GB", "summed, GB"]
+    head = ["processes", "s a step", f"to {first}", "gathered, MB", "reduced, MB", "summed, MB"]
     head += ["peak GB of rank 0", f"loss, most from {first}"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for ranks, runs in found.items():
@@ -194,7 +195,7 @@ def main():
             for loss, other in zip(run["losses"], reference["losses"], strict=True):
                 apart = max(apart, abs(loss - other))
         row = [f"{ranks}", f"{seconds:.3f}", f"{statistics.median(ratios):.2f}"]
-        row += [f"{count / 1e9:.4f}" for count in runs[0]["bytes"].values()]
+        row += [f"{count / 1e6:.3f}" for count in runs[0]["bytes"].values()]
         row += [f"{max(run['peak'] for run in runs) / 1e9:.2f}", f"{apart:.1e}"]
         print(f"| {' | '.join(row)} |")
 

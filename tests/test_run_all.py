@@ -129,6 +129,10 @@ def test_all_visible_gpus_are_used(cards, visible, nproc, folder, tmp_path, quic
     done = run_all("ne", "--dry-run", **settings)
     assert done.returncode == 0, done.stderr
     assert f", processes: {nproc}\n" in done.stdout and f" --gpus {nproc} " in done.stdout
+    if (cards, visible) == (2, None):  # together they hold the training of a 7B model
+        del settings["MODEL"], settings["DATA_DIR"]
+        done = run_all("ne", "--dry-run", **settings)
+        assert done.stdout.startswith("embedded profile (the hub does not answer): ")
 
 
 def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quick):
@@ -140,12 +144,13 @@ def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quic
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(folder, tmp_path, quick):
-    methods = "fft gmt adalora ssu-wanda"
+    methods = "gmt ssu-wanda"
     for nproc in ("1", "2"):
         settings = tiny_settings(folder, tmp_path / nproc, METHODS=methods, NPROC=nproc)
         done = run_all("ne", python=quick, **settings)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert len(re.findall(r"^\+ torchrun .*--nproc_per_node=2 train.py", done.stdout, re.M)) == 3
+    started = re.findall(r"^\+ torchrun .*--nproc_per_node=2 (\w+.py)", done.stdout, re.MULTILINE)
+    assert sorted(started) == ["evaluate.py"] * 3 + ["score.py"] + ["train.py"] * 2
     for method in methods.split():
         log = f"ne/{method}/train.jsonl"
         one, two = (json.loads((tmp_path / n / log).read_text().splitlines()[-2]) for n in "12")
@@ -153,7 +158,7 @@ def test_two_processes_train_what_one_trains(folder, tmp_path, quick):
         assert two["target_bpb"] == pytest.approx(one["target_bpb"], abs=1e-5)
     # What two processes made needs not be made again by one.
     again = run_all("ne", python=quick, **settings | {"NPROC": "1"})
-    assert again.returncode == 0 and "+ python train.py" not in again.stdout
+    assert again.returncode == 0 and again.stdout.count("done before:") == 7
 
 
 @pytest.fixture(scope="module")

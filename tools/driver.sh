@@ -30,7 +30,8 @@ choose_profile() {  # set PROFILE, if it is not, and $why and $gpus
     memory=$("${ask[@]}" 2>/dev/null) || memory=
     [ "${CUDA_VISIBLE_DEVICES-all}" ] || memory=  # set, but to nothing
     gpus=$(grep -c '^[0-9]' <<< "$memory") || :
-    memory=$(awk '{ sum += $1 } END { print sum + 0 }' <<< "$memory")  # MiB
+    # MiB. Smaller cards do not hold what GPUs cannot share.
+    memory=$(awk '$1 >= 40000 { sum += $1 } END { print sum + 0 }' <<< "$memory")
     if [ -n "${PROFILE:-}" ]; then
         why="as asked"
     elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then
