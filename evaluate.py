@@ -68,6 +68,7 @@ from data.instruct import (
     load_tokenizer,
     split,
 )
+from data.models import context_of
 from variants import distributed
 
 ROOT = Path(__file__).resolve().parent
@@ -452,8 +453,7 @@ def evaluate(args):
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     folder, model_sha256 = find_model(args.model)
     config, tokenizer = load_tokenizer(folder)
-    args.context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**40
-    args.files = []
+    args.context, args.files = context_of(config) or 2**40, []
     items = make_items(args, tokenizer)
     print(f"{args.model} on {args.device} in {args.dtype}: {len(items)} items")
 

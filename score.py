@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.calibration import calibration_tokens, fail
-from data.models import load_skeleton, load_weights
+from data.models import context_of, load_skeleton, load_weights
 from variants import distributed
 from variants.distributed import RANK, WORLD
 
@@ -306,7 +306,7 @@ def check_model(args, skeleton, owners):
     biases = [name for name in owners if not name.endswith(".weight")]
     if args.method == "sparsegpt" and (biases or args.axis == "row"):
         fail("--method sparsegpt scores all rows alike, and biases too. Choose another method")
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or 0
+    context = context_of(skeleton.config) or 0
     if args.method in CALIBRATED and 0 < context < args.seq_len:
         fail(f"--seq-len {args.seq_len} exceeds the model's {context} positions. Lower it")
 

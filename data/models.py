@@ -21,6 +21,13 @@ BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassE
 ENCODERS = ("bert-generation", "trocr", "xlnet")  # these do not say so in their config
 
 
+def context_of(config):
+    """Return how many positions a model has, or None if it has no limit."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    return getattr(text, "max_seq_len", None) if positions is None else positions  # of MPT
+
+
 def load_config(name, fail):
     """Return the config of a decoder-only model that has attention and unquantized weights.
 
@@ -29,7 +36,7 @@ def load_config(name, fail):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
+        positions = context_of(config)
     except BAD_MODEL as error:
         fail(f"model {name} cannot be read: {error}")
     kind = config.model_type

@@ -351,7 +351,7 @@ def run(args):
         english = english_confidence(args.language_id, args.lang)
     asked = [task for task in HARNESS if task in args.tasks]
     manager = harness_tasks(asked) if asked else None
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**40
+    context = evaluate.context_of(config) or 2**40
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
     evaluate.choose_device(args)

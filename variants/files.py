@@ -107,6 +107,18 @@ def is_exact(source, dtype):
     return add_up(rounded).item() == 0
 
 
+def saved_buffers(model, directory):
+    """Return {name: tensor} of what a model's files hold beside weights: Apertus's beta and eps."""
+    buffers = dict(model.named_buffers())
+    found = {name: buffers[name] for name in model.state_dict() if name in buffers}
+    if not any(buffer.is_meta for buffer in found.values()):
+        return found
+    for path in directory.glob("*.safetensors"):  # several ranks: the model has no weights
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in found.keys() & file.keys()}
+    return found
+
+
 @torch.no_grad()
 def save_model(model, source, dtype, directory, out):
     """Write {name: weights} in `dtype`, and the source's other files as they are. For all ranks."""
@@ -117,6 +129,8 @@ def save_model(model, source, dtype, directory, out):
             state[name] = whole.to(dtype).cpu()
     if RANK > 0:
         return
+    for name, buffer in saved_buffers(model, directory).items():
+        state[name] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     shutil.rmtree(out, ignore_errors=True)
     model.generation_config = transformers.GenerationConfig()  # the source's is copied below
     model.to(dtype).save_pretrained(out, state_dict=state)
@@ -170,8 +184,8 @@ def check_fit(args, model, masks):
         fail(f"--compact: {args.mask} freezes rows or elements, not columns. Leave --compact out")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if 0 < (context or 0) < args.seq_len:
+    context = models.context_of(model.config)
+    if context and context < args.seq_len:
         fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
 
 
