@@ -38,6 +38,7 @@ import sacrebleu
 import torch
 from tqdm import tqdm
 
+from data import instruct
 from data.evaluation import (
     LANGUAGES,
     append,
@@ -55,18 +56,6 @@ from data.evaluation import (
     to_lines,
     versions_for,
     write_atomically,
-)
-from data.instruct import (
-    DATE,
-    ask,
-    can_batch,
-    choose_device,
-    encode,
-    find_model,
-    last_turn,
-    load_model,
-    load_tokenizer,
-    split,
 )
 from data.models import context_of
 from variants import distributed
@@ -108,11 +97,11 @@ def items_bpb(args, tokenizer):
         for number, row in sample(list(enumerate(rows, 1)), args):
             if row.get("messages"):
                 said = row["messages"][-1]["content"]
-                prompt, answer = last_turn(tokenizer, row["messages"])
-                ids, tokens = split(tokenizer, prompt, answer)
+                prompt, answer = instruct.last_turn(tokenizer, row["messages"])
+                ids, tokens = instruct.split(tokenizer, prompt, answer)
             else:
                 prompt, said = "", row["text"].removeprefix("\ufeff")
-                ids, tokens = split(tokenizer, prompt, said, raw=True)
+                ids, tokens = instruct.split(tokenizer, prompt, said, raw=True)
             for start, before, part in windows(ids, tokens, min(WINDOW, args.context)):
                 saved = dict(side=side, id=f"{base}:{number}:{start}", domain=row.get("domain"))
                 saved |= dict(prompt=prompt, reference=said, set=base)
@@ -126,10 +115,10 @@ def items_mcq(args, tokenizer):
     for side, _ in sides(args):
         raw = side == "target"
         for row in sample(read_rows(args, side, "mmlu.test", MMLU), args):
-            prompt = row["question"] if raw else ask(tokenizer, row["question"])
+            prompt = row["question"] if raw else instruct.ask(tokenizer, row["question"])
             options = [str(row[option]) for option in OPTIONS]
             texts = [f" {option}" for option in options] if raw else options
-            parts = [split(tokenizer, prompt, text, raw) for text in texts]
+            parts = [instruct.split(tokenizer, prompt, text, raw) for text in texts]
             saved = dict(side=side, id=row["sample_id"], domain=row["subject"], prompt=prompt)
             saved |= dict(reference=row["answer"], options=options)
             saved |= dict(shared_stem=row.get("shared_stem"))
@@ -149,18 +138,18 @@ def items_mt(args, tokenizer):
         texts = [template.format(X=target["name"], sentence=row[origin]) for row in drawn + test]
         shots = [(text, row[goal]) for text, row in zip(texts, drawn, strict=False)]
         for text, row in zip(texts[len(drawn) :], test, strict=True):
-            prompt = ask(tokenizer, text, shots)
+            prompt = instruct.ask(tokenizer, text, shots)
             saved = dict(side=side, id=row["id"], domain=row.get("domain"), prompt=prompt)
-            yield saved | dict(reference=row[goal]), encode(tokenizer, prompt), []
+            yield saved | dict(reference=row[goal]), instruct.encode(tokenizer, prompt), []
 
 
 def items_sum(args, tokenizer):
     """Zero-shot, asked in the language of the text."""
     for side, language in sides(args):
         for row in sample(read_rows(args, side, "xlsum", ["id", "text", "summary"]), args):
-            prompt = ask(tokenizer, language["prompts"]["sum"].format(text=row["text"]))
+            prompt = instruct.ask(tokenizer, language["prompts"]["sum"].format(text=row["text"]))
             saved = dict(side=side, id=row["id"], domain=None, prompt=prompt)
-            yield saved | dict(reference=row["summary"]), encode(tokenizer, prompt), []
+            yield saved | dict(reference=row["summary"]), instruct.encode(tokenizer, prompt), []
 
 
 def lettered(args, tokenizer, saved, text, shots):
@@ -168,13 +157,14 @@ def lettered(args, tokenizer, saved, text, shots):
 
     The first examples are left out where all do not fit the model's context.
     """
-    prompt = ask(tokenizer, text, shots)
-    while shots and len(encode(tokenizer, prompt)) >= args.context:
+    prompt = instruct.ask(tokenizer, text, shots)
+    while shots and len(instruct.encode(tokenizer, prompt)) >= args.context:
         shots = shots[1:]
-        prompt = ask(tokenizer, text, shots)
+        prompt = instruct.ask(tokenizer, text, shots)
     tail = prompt[-16:]  # the template ends all prompts alike
-    letters = [split(tokenizer, tail, letter)[1] for letter in "ABCD"]
-    return saved | dict(prompt=prompt, shots=len(shots)), encode(tokenizer, prompt), letters
+    letters = [instruct.split(tokenizer, tail, letter)[1] for letter in "ABCD"]
+    saved |= dict(prompt=prompt, shots=len(shots))
+    return saved, instruct.encode(tokenizer, prompt), letters
 
 
 def items_mrc(args, tokenizer):
@@ -211,8 +201,8 @@ def items_mmlu(args, tokenizer):
             yield lettered(args, tokenizer, saved, text, shots[: SHOTS["mmlu"]])
 
 
-TASKS = dict(bpb=items_bpb, mcq=items_mcq, mt=items_mt, sum=items_sum, mrc=items_mrc)
-TASKS["mmlu"] = items_mmlu
+TASKS = {"bpb": items_bpb, "mcq": items_mcq, "mt": items_mt, "sum": items_sum}
+TASKS |= {"mrc": items_mrc, "mmlu": items_mmlu}
 
 
 def make_items(args, tokenizer):
@@ -321,13 +311,18 @@ def make_batches(items, args):
             some[-1].append(item)
         else:
             some.append([item])
-    return [numbered for some in batches.values() for numbered in enumerate(some)]
+    numbered = []
+    for some in batches.values():
+        numbered += enumerate(some)
+    return numbered
 
 
 def answer(model, batch, args, stop_ids):
     """Return new token ids, or the log-likelihoods of its continuations, for each item."""
     prompts = [prompt for _, prompt, _ in batch]
-    rows = [(prompt, part) for _, prompt, parts in batch for part in parts]
+    rows = []
+    for _, prompt, parts in batch:
+        rows += [(prompt, part) for part in parts]
     if not rows:
         options = GREEDY if args.greedy else SAMPLING
         return generate(model, prompts, args.max_new_tokens, stop_ids, options)[0]
@@ -370,15 +365,15 @@ def summarize(records):
         sides, scores = results.setdefault(task, {}), [row["scores"] for row in rows]
         if task == "bpb":
             bits = math.fsum(found["nats"] for found in scores) / math.log(2)
-            size, tokens = (sum(row[unit] for row in rows) for unit in ("bytes", "tokens"))
+            size, tokens = sum(row["bytes"] for row in rows), sum(row["tokens"] for row in rows)
             documents = sum(row["bytes"] > 0 for row in rows)
             numbers = dict(bpb=bits / size, bytes=size, tokens=tokens, documents=documents)
             sides.setdefault(side, {})[base] = numbers
         elif task in ("mt", "sum"):
-            runs = [[] for _ in range(1 + max(row["run"] for row in rows))]
+            runs = {}
             for row in rows:
-                runs[row["run"]].append(row["scores"]["chrf"])
-            means = list(map(statistics.fmean, runs))
+                runs.setdefault(row["run"], []).append(row["scores"]["chrf"])
+            means = [statistics.fmean(runs[run]) for run in sorted(runs)]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             numbers = dict(chrf=statistics.fmean(means), sd_over_runs=spread, runs=means)
             sides[side] = numbers | dict(n=len(runs[0]))
@@ -419,17 +414,21 @@ def parse_args(argv=None):
         fail(f"--tasks {args.tasks} is not a list of some of {names}")
     args.tasks = [task for task in TASKS if task in asked]
     args.runs = 1 if args.greedy else args.runs
-    choose_device(args)
+    instruct.choose_device(args)
     return args
 
 
 def answer_all(args, folder, config, tokenizer, items, done, path):
     """Add what is not done yet to `done`, {key: record}, and to the items file."""
-    model, ends, newlines = load_model(folder, tokenizer, args.dtype, args.device)
-    if not distributed.from_rank_zero(can_batch(model, config, args.context, loglik, generate)):
+    model, ends, newlines = instruct.load_model(folder, tokenizer, args.dtype, args.device)
+    batched = instruct.can_batch(model, config, args.context, loglik, generate)
+    if not distributed.from_rank_zero(batched):
         args.batch_tokens = 0  # one by one
     batches = make_batches(items.values(), args)
-    left = [b for b in batches if any(key_of(saved) not in done for saved, _, _ in b[1])]
+    left = []
+    for number, batch in batches:
+        if not {key_of(saved) for saved, _, _ in batch} <= done.keys():
+            left.append((number, batch))
     with tqdm(total=sum(len(batch) for _, batch in left), unit="item") as bar:
         for mine in distributed.rounds(left):
             records = []
@@ -451,15 +450,15 @@ def evaluate(args):
     check_out(args.out, "ssu-eval")
     check_out(items_path, "ssu-eval-items")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    folder, model_sha256 = find_model(args.model)
-    config, tokenizer = load_tokenizer(folder)
+    folder, model_sha256 = instruct.find_model(args.model)
+    config, tokenizer = instruct.load_tokenizer(folder)
     args.context, args.files = context_of(config) or 2**40, []
     items = make_items(args, tokenizer)
     print(f"{args.model} on {args.device} in {args.dtype}: {len(items)} items")
 
     # An interrupted run continues only with the same of all this.
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
-    settings |= dict(date=str(DATE.date()), enable_thinking=False)
+    settings |= dict(date=str(instruct.DATE.date()), enable_thinking=False)
     versions = versions_for(args.device)
     code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)

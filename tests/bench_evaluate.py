@@ -20,6 +20,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
+from data import instruct  # noqa: E402
 
 
 def main():
@@ -36,11 +37,11 @@ def main():
     argv = ["--model", bench.model, "--lang", "ne", "--data-dir", bench.data_dir]
     argv += ["--out", tempfile.mktemp(), "--tasks", "mmlu", "--num-questions", bench.questions]
     args = evaluate.parse_args([*argv, "--dtype", "float32"])
-    folder, _ = evaluate.find_model(args.model)
-    config, tokenizer = evaluate.load_tokenizer(folder)
+    folder, _ = instruct.find_model(args.model)
+    config, tokenizer = instruct.load_tokenizer(folder)
     args.context, args.files = config.get_text_config().max_position_embeddings, []
-    model, *_ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
-    if not evaluate.can_batch(model, config, args.context, evaluate.loglik, evaluate.generate):
+    model, *_ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
+    if not instruct.can_batch(model, config, args.context, evaluate.loglik, evaluate.generate):
         parser.exit(message="There is nothing to compare\n")
     items = evaluate.make_items(args, tokenizer).values()
     items = [item for item in items if item[0]["side"] == "source"]

@@ -202,7 +202,7 @@ def random_model(architecture, config):
 
 
 def batches_work(model, config, context=512):
-    return evaluate.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
+    return instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
 
 
 SMALL = SIZES | {"vocab_size": 400, "num_key_value_heads": 2}
@@ -397,8 +397,8 @@ def test_decoding_is_table_9(papers, tmp_path, monkeypatch):
 
 def test_raw_text_is_data_and_the_date_is_fixed(llama):
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    assert evaluate.encode(tokenizer, "<|im_end|>") == [2]
-    assert 2 not in evaluate.encode(tokenizer, "a <|im_end|>", raw=True)
+    assert instruct.encode(tokenizer, "<|im_end|>") == [2]
+    assert 2 not in instruct.encode(tokenizer, "a <|im_end|>", raw=True)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ enable_thinking }}"
     assert instruct.render(tokenizer, [{"role": "user", "content": "a"}]) == "01 Jan 2025 False"
 
@@ -511,10 +511,10 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
     for r in items_of(tmp_path / "eval.json"):
         if r["task"] == "sum":
             continue
-        prompt = evaluate.encode(tokenizer, r["prompt"])
+        prompt = instruct.encode(tokenizer, r["prompt"])
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
-        want = [float(logprobs[evaluate.encode(tokenizer, letter)]) for letter in "ABCD"]
+        want = [float(logprobs[instruct.encode(tokenizer, letter)]) for letter in "ABCD"]
         assert r["scores"]["loglik"] == pytest.approx(want, abs=2e-4)
         assert r["prediction"] == "ABCD"[want.index(max(want))]
         right.setdefault((r["task"], r["side"]), []).append(r["prediction"] == r["reference"])
@@ -558,7 +558,7 @@ def test_a_killed_run_goes_on_to_the_same_results(llama, data, whole, tmp_path, 
 def test_only_the_same_run_is_resumed(llama, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "eval.json"
     first = run(llama, data, out, "--tasks", "mcq")
-    monkeypatch.setattr(evaluate, "load_model", None)  # all is done: nothing is loaded
+    monkeypatch.setattr(instruct, "load_model", None)  # all is done: nothing is loaded
     assert run(llama, data, out, "--tasks", "mcq")["results"] == first["results"]
     with pytest.raises(TypeError):
         run(llama, data, out, "--tasks", "mcq", "--seed", 1)
@@ -666,13 +666,13 @@ def test_an_option_without_tokens_and_a_foreign_script_are_refused(
 ):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     argv = ["--model", llama, "--lang", "ne", "--data-dir", data, "--out", "/nowhere/e.json"]
-    plain = evaluate.split
+    plain = instruct.split
 
     def nothing(tokenizer, prompt, text, raw=False):
         return plain(tokenizer, prompt, text, raw)[0], []
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "split", nothing)
+        patch.setattr(instruct, "split", nothing)
         assert "an option is no token" in fails(capsys, *argv, "--tasks", "mcq")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(plain(tokenizer, "", TEXT[3])[1][0])
     monkeypatch.setattr(

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
+from data import instruct
 from evaluate import GREEDY, SAMPLING, write_atomically
 
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
@@ -241,7 +242,7 @@ def answer_all(loaded, task, rows, run, done, args, sampling, save):
     if batched:
         batch_args.batch_tokens = args.batch_tokens
     for i, row in enumerate(rows):
-        prompt = evaluate.encode(tokenizer, evaluate.ask(tokenizer, row["instruction"]))
+        prompt = instruct.encode(tokenizer, instruct.ask(tokenizer, row["instruction"]))
         items.append(({"task": task, "side": "source", "run": run, "id": i}, prompt, []))
     batches = evaluate.make_batches(items, batch_args)
     for number, batch in tqdm(batches, desc=f"{task}, run {run}", unit="batch"):
@@ -273,13 +274,17 @@ def summarize_chat(answers, odds):
     }
 
 
+def share_correct(samples):
+    return statistics.fmean(sample["correct"] for sample in samples)
+
+
 def summarize(done, args, english, odds):
     """Return `results` of chat.json from all finished items."""
     results = {}
     for task in HARNESS:
         runs = [done[task, run, 0]["samples"] for run in range(args.runs) if task in args.tasks]
         if runs:
-            means = [statistics.fmean(sample["correct"] for sample in run) for run in runs]
+            means = [share_correct(run) for run in runs]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             found = {"accuracy": statistics.fmean(means), "sd_over_runs": spread}
             results[task] = {"source": found | {"runs": means, "n": len(runs[0])}}
@@ -291,7 +296,8 @@ def summarize(done, args, english, odds):
         stopped = statistics.fmean(item["stopped"] for item in answers)
         results["ae2"] = {"source": {"stop_rate": stopped, "n": len(answers)}}
     if "codemix" in args.tasks:  # below 0.9 an answer is code-mixed (footnote 9)
-        found = [c for c in map(english, (item["output"] for item in answers)) if c is not None]
+        confidences = [english(item["output"]) for item in answers]
+        found = [c for c in confidences if c is not None]
         share = statistics.fmean(c < 0.9 for c in found) if found else None
         results["codemix"] = {"source": {"share": share, "n": len(found)}}
     return results
@@ -344,8 +350,8 @@ def run(args):
     evaluate.check_out(Path(f"{stem}.items.jsonl"), "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
-    folder, model_sha256 = evaluate.find_model(args.model)
-    config, tokenizer = evaluate.load_tokenizer(folder)
+    folder, model_sha256 = instruct.find_model(args.model)
+    config, tokenizer = instruct.load_tokenizer(folder)
     english = None
     if "codemix" in args.tasks:
         english = english_confidence(args.language_id, args.lang)
@@ -354,7 +360,7 @@ def run(args):
     context = evaluate.context_of(config) or 2**40
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
-    evaluate.choose_device(args)
+    instruct.choose_device(args)
 
     # Answer, and save each item
     names = "tasks num_questions runs greedy batch_tokens language_id seed dtype device lang"
@@ -371,12 +377,12 @@ def run(args):
         with open(f"{stem}.items.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(item) + "\n")
 
-    model, ends, _ = evaluate.load_model(folder, tokenizer, args.dtype, args.device)
+    model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
     loaded = (
         model,
         tokenizer,
         ends,
-        evaluate.can_batch(model, config, context, evaluate.loglik, evaluate.generate),
+        instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate),
     )
     if "chat" in args.tasks:
         asked_of_all = [{"instruction": prompt} for prompt in CHAT_PROMPTS]
