@@ -94,7 +94,10 @@ def load_documents(flag, data, tokenizer, key):
             fail(f"{flag} {data}: no text in it. Give a file with `text`")
         features = Features({"text": Value("string"), "templated": Value("bool")})
         options = {"gen_kwargs": source, "features": features, "fingerprint": key}
-        return Dataset.from_generator(read_documents, **options)
+        try:
+            return Dataset.from_generator(read_documents, **options)
+        except DatasetsError as error:  # a full disk, for instance
+            fail(f"{flag} {data}: its cache cannot be written ({error.__cause__}). Free space")
     lang = data.removeprefix("madlad:")
     files = f"data/{lang}/{lang}_clean_*.jsonl.gz"
     options = {"repo_type": "dataset", "revision": MADLAD_REVISION, "allow_patterns": files}

@@ -676,7 +676,7 @@ def test_an_option_without_tokens_and_a_foreign_script_are_refused(
         assert "an option is no token" in fails(capsys, *argv, "--tasks", "mcq")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(plain(tokenizer, "", TEXT[3])[1][0])
     monkeypatch.setattr(
-        evaluate, "load_tokenizer", lambda _: (AutoConfig.from_pretrained(llama), tokenizer)
+        instruct, "load_tokenizer", lambda _: (AutoConfig.from_pretrained(llama), tokenizer)
     )
     assert "of the tokens are <unk>" in fails(capsys, *argv, "--tasks", "bpb")
 

@@ -23,6 +23,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import cached_file
 
 from data import models
@@ -311,7 +312,10 @@ def save_checkpoint(out, step, model, optimizer, scaler, settings):
         temporary.mkdir(parents=True)
     barrier()
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    except CheckpointException as error:  # it has the traceback of each rank
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
     if RANK == 0:
         about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
         about["files"] = tensor_digests(temporary)
