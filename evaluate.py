@@ -22,6 +22,7 @@ Every finished item goes to eval.items.jsonl beside eval.json, with prompt, pred
 The same command, on any number of GPUs, continues from there to the results of a whole run.
 """
 
+import data.interrupt  # noqa: F401  # isort: skip
 import argparse
 import inspect
 import json

@@ -14,6 +14,7 @@ smallest shape that broadcasts onto the parameter: [1, d_in] for columns, [d_out
 [d_out, d_in] for elements, [1, 1] or [1] for a whole parameter, [d] for a 1-D parameter.
 """
 
+import data.interrupt  # noqa: F401  # isort: skip
 import argparse
 import hashlib
 import json

@@ -26,6 +26,7 @@ LoTA (Section 6), how far 100 steps of full fine-tuning moved each weight:
         --adapted runs/ne/lota-calibration/model --out runs/ne/scores-delta-element.safetensors
 """
 
+import data.interrupt  # noqa: F401  # isort: skip
 import argparse
 import copy
 import hashlib

@@ -29,6 +29,7 @@ OUT/train.jsonl begins with the settings and ends with a count of weights. Betwe
     {source,target}_{loss,bpb}        held-out text: nats per token, bits per byte
 """
 
+import data.interrupt  # noqa: F401  # isort: skip
 import argparse
 import functools
 import math

@@ -6,9 +6,13 @@ And what no stage may be stopped by.
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import TEMPLATE, TEXT, forked, write_jsonl
+from conftest import ROOT, TEMPLATE, TEXT, forked, write_jsonl
 from safetensors.torch import load_file
 from test_architectures import evaluate_argv, evaluation, train_argv  # noqa: F401
 from tokenizers import Tokenizer, pre_tokenizers
@@ -294,3 +298,16 @@ def checkpoint_of(argv, out):
     (out / "train.jsonl").unlink()
     pid = forked(train.main, argv, die)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+STAGES = ["train.py", "score.py", "make_mask.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("script", some_fast(STAGES, 1))
+def test_ctrl_c_while_torch_is_imported_is_one_line(script):
+    command = [sys.executable, script, "--help"]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    stage = subprocess.Popen(command, **pipes)
+    time.sleep(0.3)  # Python has started, and torch takes longer
+    stage.send_signal(signal.SIGINT)
+    assert stage.communicate()[1] == f"{script}: interrupted\n" and stage.returncode == 130

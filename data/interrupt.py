@@ -1,0 +1,22 @@
+"""Ctrl-C while a stage still imports torch, which takes seconds: one line and exit code 130.
+
+A stage imports this first. When its main() is defined, Ctrl-C raises KeyboardInterrupt as usual.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+SCRIPT = Path(sys.argv[0]).name
+
+
+def end(number, frame):
+    if hasattr(sys.modules["__main__"], "main"):
+        raise KeyboardInterrupt
+    os.write(2, f"{SCRIPT}: interrupted\n".encode())
+    os._exit(130)
+
+
+if SCRIPT in ("score.py", "make_mask.py", "train.py", "evaluate.py", "chat_eval.py"):
+    signal.signal(signal.SIGINT, end)
