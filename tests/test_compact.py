@@ -103,8 +103,10 @@ def test_compact_is_the_masked_loop_in_float64(sources, text, tmp_path):
     "more",
     [
         ["--precision", "fp32"],
-        ["--precision", "bf16"],
-        ["--precision", "bf16-true", "--max-grad-norm", "0.5"],
+        pytest.param(["--precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--precision", "bf16-true", "--max-grad-norm", "0.5"], marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )
@@ -138,10 +140,10 @@ def test_compact_without_master_is_the_masked_loop_without_master_bit_for_bit(
 @pytest.mark.parametrize(
     "more",
     [
-        ["--precision", "fp32", "--compact"],
         ["--precision", "bf16", "--compact", "--gradient-checkpointing"],
-        ["--precision", "bf16-true", "--compact"],
         ["--precision", "bf16-true"],
+        pytest.param(["--precision", "fp32", "--compact"], marks=pytest.mark.slow),
+        pytest.param(["--precision", "bf16-true", "--compact"], marks=pytest.mark.slow),
         pytest.param(["--precision", "fp32", "--compact", "--compile"], marks=pytest.mark.slow),
     ],
     ids=" ".join,

@@ -72,6 +72,7 @@ def amount_names(locale, code):
 # ---- layout and determinism ----
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(out, tmp_path):
     fake_model(tmp_path)
     subprocess.run(

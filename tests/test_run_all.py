@@ -311,12 +311,13 @@ def wait_until(condition, driver):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code, reached",
     [
         (signal.SIGTERM, 143, "step-16"),
-        pytest.param(signal.SIGINT, 130, "step-16", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 129, "", marks=pytest.mark.slow),  # a first, incomplete one
+        pytest.param(signal.SIGINT, 130, "step-16"),
+        pytest.param(signal.SIGHUP, 129, ""),  # a first, incomplete one
     ],
 )
 def test_a_signal_ends_the_stage_and_the_same_command_resumes(

@@ -191,14 +191,14 @@ def model_kind(folder):
 @pytest.mark.parametrize(
     "method",
     [
-        "sparsegpt",
-        "fim",
         "wanda-row",
         "wanda-element",
         "hft",
-        "s2ft-down",
-        "s2ft-down-output",
         "lota",
+        pytest.param("sparsegpt", marks=pytest.mark.slow),
+        pytest.param("fim", marks=pytest.mark.slow),
+        pytest.param("s2ft-down", marks=pytest.mark.slow),
+        pytest.param("s2ft-down-output", marks=pytest.mark.slow),
     ],
 )
 def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, request):
@@ -403,6 +403,7 @@ def test_adalora_penalty_equals_the_one_of_peft(olmo2):
     )
 
 
+@pytest.mark.slow
 def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(
     olmo2, text, tmp_path, monkeypatch
 ):
