@@ -39,23 +39,17 @@ import sacrebleu
 import torch
 from tqdm import tqdm
 
-from data import instruct
+from data import evaluation, instruct
 from data.evaluation import (
     LANGUAGES,
-    append,
     check_out,
     fail,
     git_commit,
-    in_words,
     key_of,
     locked,
-    read_items,
     read_rows,
     sample,
     sha256_of,
-    sides,
-    to_lines,
-    versions_for,
     write_atomically,
 )
 from data.models import context_of
@@ -113,7 +107,7 @@ def items_bpb(args, tokenizer):
 
 def items_mcq(args, tokenizer):
     """Source: a chat with the option as answer. Target: raw text, all that was trained on."""
-    for side, _ in sides(args):
+    for side, _ in evaluation.sides(args):
         raw = side == "target"
         for row in sample(read_rows(args, side, "mmlu.test", MMLU), args):
             prompt = row["question"] if raw else instruct.ask(tokenizer, row["question"])
@@ -128,7 +122,7 @@ def items_mcq(args, tokenizer):
 
 def items_mt(args, tokenizer):
     """All items have the same examples. Translation to English is asked in English."""
-    (_, english), (_, target) = sides(args)
+    (_, english), (_, target) = evaluation.sides(args)
     columns = ["id", english["flores"], target["flores"]]
     dev = read_rows(args, "target", "flores.dev", columns)
     drawn = random.Random(args.seed).sample(dev, min(SHOTS["mt"], len(dev)))
@@ -146,7 +140,7 @@ def items_mt(args, tokenizer):
 
 def items_sum(args, tokenizer):
     """Zero-shot, asked in the language of the text."""
-    for side, language in sides(args):
+    for side, language in evaluation.sides(args):
         for row in sample(read_rows(args, side, "xlsum", ["id", "text", "summary"]), args):
             prompt = instruct.ask(tokenizer, language["prompts"]["sum"].format(text=row["text"]))
             saved = dict(side=side, id=row["id"], domain=None, prompt=prompt)
@@ -170,10 +164,10 @@ def lettered(args, tokenizer, saved, text, shots):
 
 def items_mrc(args, tokenizer):
     """Belebele has one split, so an item is never its own example."""
-    for side, language in sides(args):
+    for side, language in evaluation.sides(args):
         rows = []
         for row in read_rows(args, side, "belebele", BELEBELE):
-            text = in_words(language, row, ANSWERS, row["flores_passage"])
+            text = evaluation.in_words(language, row, ANSWERS, row["flores_passage"])
             letter = dict(zip("1234", "ABCD", strict=True)).get(str(row["correct_answer_num"]))
             rows.append((f"{row['link']} {row['question_number']}", text, letter))
         drawn = random.Random(args.seed).sample(rows, min(SHOTS["mrc"] + 1, len(rows)))
@@ -185,13 +179,13 @@ def items_mrc(args, tokenizer):
 
 def items_mmlu(args, tokenizer):
     """The examples are the first of the subject in the dev split."""
-    for side, language in sides(args):
+    for side, language in evaluation.sides(args):
         dev, test = (read_rows(args, side, f"mmlu.{name}", MMLU) for name in ("dev", "test"))
         examples = {}  # {subject: [(question, letter), ...]}
         for number, row in enumerate(dev + test[: args.num_questions]):
             subject = row["subject"].replace("_", " ")
             text = language["prompts"]["mmlu"].format(subject=subject)
-            text += in_words(language, row, OPTIONS)
+            text += evaluation.in_words(language, row, OPTIONS)
             shots = examples.setdefault(subject, [])
             if number < len(dev):
                 shots.append((text, row["answer"]))
@@ -221,11 +215,7 @@ def make_items(args, tokenizer):
             for ids in (prompt, *parts):
                 count.update(ids)
 
-    # A tokenizer that does not know the script turns text into <unk>, which is easy to predict.
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    unknown = count[tokenizer.unk_token_id] / count.total()
-    if unknown > 0.01 and tokenizer.unk_token_id not in special:
-        fail(f"{unknown:.1%} of the tokens are <unk>. Choose a model that knows the script")
+    instruct.check_unknown(count, tokenizer)
     return items
 
 
@@ -267,13 +257,22 @@ def loglik(model, rows, shared=0):
 def generate(model, prompts, max_new_tokens, stop_ids, options):
     """Return new ids after each prompt, up to the first of `stop_ids`, and their logits if asked.
 
-    The padding repeats a prompt's first token: a repetition penalty counts what it would alone.
+    What all prompts begin with, such as examples, is computed once. The padding after it repeats a
+    prompt's first token: a repetition penalty counts what it would alone.
     """
+    shared = instruct.shared_start(model, prompts)
     width = max(map(len, prompts))
-    ids = [prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        ids.append(prompt[:shared] + prompt[:1] * padding + prompt[shared:])
+        mask.append([1] * shared + [0] * padding + [1] * (len(prompt) - shared))
     options = dict(max_new_tokens=max_new_tokens, eos_token_id=stop_ids) | options
     with torch.inference_mode():
+        if shared:
+            prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+            options["past_key_values"] = model(prefix, use_cache=True).past_key_values
+            options["past_key_values"].batch_repeat_interleave(len(prompts))
         found = model.generate(
             torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -441,7 +440,7 @@ def answer_all(args, folder, config, tokenizer, items, done, path):
                     records.append(score(saved, values, tokenizer))
             for some in distributed.gather(records):
                 done |= {key_of(saved): saved for saved in some}
-                append(path, some)
+                evaluation.append(path, some)
                 bar.update(len(some))
 
 
@@ -460,14 +459,14 @@ def evaluate(args):
     # An interrupted run continues only with the same of all this.
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
     settings |= dict(date=str(instruct.DATE.date()), enable_thinking=False)
-    versions = versions_for(args.device)
+    versions = evaluation.versions_for(args.device)
     code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
     header |= dict(versions=versions, code_sha256=sha256_of(code))
 
     with locked(args.out):
-        done = read_items(items_path, header)
-        write_atomically(items_path, to_lines([header, *done.values()]))
+        done = evaluation.read_items(items_path, header)
+        write_atomically(items_path, evaluation.to_lines([header, *done.values()]))
         distributed.join(args.device, args.timeout)
         done = distributed.from_rank_zero(done)
         if items.keys() - done.keys():
@@ -475,7 +474,7 @@ def evaluate(args):
         if distributed.RANK > 0:
             return
         records = [done[key] for key in items]
-        write_atomically(items_path, to_lines([header, *records]))
+        write_atomically(items_path, evaluation.to_lines([header, *records]))
 
         content = dict(format="ssu-eval", version=1, model=args.model, lang=args.lang)
         content |= dict(settings=settings, versions=versions, device=args.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import chat_template_utils, logging
 
 from data import models
@@ -128,6 +128,27 @@ def last_turn(tokenizer, messages):
     return prompt, whole[at:].rstrip()
 
 
+def check_unknown(count, tokenizer):
+    """Exit with an error if more than 1% of the tokens, {id: number}, are <unk>.
+
+    A tokenizer that does not know the script turns text into <unk>, which is easy to predict.
+    """
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    unknown = count[tokenizer.unk_token_id] / count.total()
+    if unknown > 0.01 and tokenizer.unk_token_id not in special:
+        fail(f"{unknown:.1%} of the tokens are <unk>. Choose a model that knows the script")
+
+
+def shared_start(model, prompts):
+    """Return how many ids all prompts begin with, at most all but one of each.
+
+    It is 0 where padding after them would fill a sliding window.
+    """
+    if len(prompts) == 1 or any(DynamicCache(config=model.config).is_sliding):
+        return 0
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
 def can_batch(model, config, context, loglik, generate):
     """Return whether batches give, for a few rows, the results of single rows. Say so if not.
 
@@ -144,10 +165,14 @@ def can_batch(model, config, context, loglik, generate):
     start = prompts[1]
     rows = [(ids[:-3], ids[-3:]) for ids in prompts]
     after = [(start + ids[: length // 2 - 3], ids[-2:]) for ids in prompts]
+    begun = [before for before, _ in after]
 
     def first_logits(prompts):
         _, logits = generate(model, prompts, 2, None, dict(do_sample=False, output_logits=True))
         return torch.stack(logits, 1).float()  # [prompts, 2, vocabulary]
+
+    def one_by_one(prompts):
+        return torch.cat([first_logits([ids]) for ids in prompts])
 
     def same(found, wanted):
         found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
@@ -167,7 +192,7 @@ def can_batch(model, config, context, loglik, generate):
         and {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
         and same(loglik(model, rows), single)
         and same(loglik(model, after, len(start)), single_after)
-        and same(first_logits(prompts), torch.cat([first_logits([ids]) for ids in prompts]))
+        and all(same(first_logits(some), one_by_one(some)) for some in (prompts, begun))
     ):
         return True
     print(f"batches change the results of {config.model_type}: everything is done one by one")
