@@ -196,7 +196,12 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(more, shielded, text,
 
 
 @pytest.mark.parametrize(
-    "more", [["--compact"], ["--compact", "--precision", "bf16-true"]], ids=" ".join
+    "more",
+    [
+        ["--compact"],
+        pytest.param(["--compact", "--precision", "bf16-true"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_compact_with_frozen_rows_of_chat_tokens(more, olmo2, chats, text, tmp_path):
     """These masks are of rows, of the embeddings and the head, which are never compact."""
@@ -236,6 +241,7 @@ def test_compiled_layers_make_the_same_updates_by_one_graph(more, shielded, text
     )
 
 
+@pytest.mark.slow
 def test_the_masters_are_what_is_saved(shielded, text, tmp_path):
     """Not the bf16 weights that the forward pass reads."""
     source, mask = shielded

@@ -102,6 +102,7 @@ def test_layout_and_provenance(out):
     assert str(out) not in json.dumps(listing)
 
 
+@pytest.mark.slow
 def test_one_language_again_changes_nothing(out):
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     prepare.main(["--out", str(out), "--lang", "ha"])

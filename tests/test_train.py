@@ -308,6 +308,7 @@ def test_gmt_drops_exactly_the_share():
     assert not torch.isfinite(gmt.drop_smallest(broken, 0.5)).all()
 
 
+@pytest.mark.slow
 def test_gmt_resumes_to_the_same_bits(olmo2, text, tmp_path):
     extra = ["--gmt-ratio", "0.5", "--micro-batch-size", "1", "--save-every", "5", "--steps", "10"]
     train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
