@@ -44,15 +44,14 @@ from data.evaluation import (
     LANGUAGES,
     check_out,
     fail,
-    git_commit,
     key_of,
     locked,
     read_rows,
     sample,
-    sha256_of,
     write_atomically,
 )
-from data.models import context_of
+from data.identity import git_commit, sha256_of
+from data.models import DATE, check_unknown, context_of
 from variants import distributed
 
 ROOT = Path(__file__).resolve().parent
@@ -215,7 +214,7 @@ def make_items(args, tokenizer):
             for ids in (prompt, *parts):
                 count.update(ids)
 
-    instruct.check_unknown(count, tokenizer)
+    check_unknown(tokenizer, count[tokenizer.unk_token_id], count.total(), args.data_dir, fail)
     return items
 
 
@@ -237,9 +236,7 @@ def loglik(model, rows, shared=0):
         options["logits_to_keep"] = shared + width + 1 - min(len(prompt) for prompt, _ in rows)
     with torch.inference_mode():
         if shared:
-            prefix = torch.tensor([rows[0][0][:shared]], device=model.device)
-            options["past_key_values"] = model(prefix, use_cache=True).past_key_values
-            options["past_key_values"].batch_repeat_interleave(len(inputs))
+            options["past_key_values"] = instruct.cache_of(model, rows[0][0][:shared], len(inputs))
         logits = model(ids.to(model.device), use_cache=shared > 0, **options).logits
 
     sums = []
@@ -270,9 +267,7 @@ def generate(model, prompts, max_new_tokens, stop_ids, options):
     options = dict(max_new_tokens=max_new_tokens, eos_token_id=stop_ids) | options
     with torch.inference_mode():
         if shared:
-            prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-            options["past_key_values"] = model(prefix, use_cache=True).past_key_values
-            options["past_key_values"].batch_repeat_interleave(len(prompts))
+            options["past_key_values"] = instruct.cache_of(model, prompts[0][:shared], len(prompts))
         found = model.generate(
             torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -458,7 +453,7 @@ def evaluate(args):
 
     # An interrupted run continues only with the same of all this.
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
-    settings |= dict(date=str(instruct.DATE.date()), enable_thinking=False)
+    settings |= dict(date=str(DATE.date()), enable_thinking=False)
     versions = evaluation.versions_for(args.device)
     code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from data.identity import digest_of
 from data.models import load_skeleton
 
 
@@ -83,14 +84,6 @@ def fingerprint(shapes):
     """Return the identity of an architecture: the sha256 of its sorted "name shape" lines."""
     lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def digest_of(tensors):
-    """Return the sha256 over the names and bytes of tensors, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read_scores(path):

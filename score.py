@@ -45,6 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.calibration import calibration_tokens, fail
+from data.identity import digest_of
 from data.models import context_of, load_skeleton, load_weights
 from variants import distributed
 from variants.distributed import RANK, WORLD
@@ -272,14 +273,6 @@ def compute_scores(args, skeleton, owners, tokens):
             s = element_scores(args.method, weight, x_norm, tokens.numel(), moved)
             scores[name] = sum_along(args.axis, s).cpu()
     return scores
-
-
-def digest_of(tensors):
-    """Return sha256 over the names and bytes of tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_scores(path, scores, metadata):

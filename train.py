@@ -48,6 +48,7 @@ from tqdm import tqdm
 from transformers.utils import is_flash_attn_2_available
 
 from data.blocks import batch_indices, load_sequences
+from data.identity import git_commit
 from variants import adalora, compact, distributed, files, fused_adam, gmt
 from variants.distributed import RANK, WORLD, fail
 
@@ -285,7 +286,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     final = args.out / "model"
     files.save_model(skeleton, source, dtype, directory, args.out / "model.tmp")
     summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
-    summary |= {"peak_memory": files.peak_memory(args.device), "commit": files.git_commit()}
+    summary |= {"peak_memory": files.peak_memory(args.device), "commit": git_commit()}
     files.append_line(args.out / "train.jsonl", {"summary": summary})
     files.finish(args.out)
     print(f"model: {final}; log: {args.out}/train.jsonl")

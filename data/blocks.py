@@ -10,10 +10,8 @@ import gzip
 import hashlib
 import os
 import zlib
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -23,10 +21,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 from pyarrow import ArrowException
-from transformers.utils import chat_template_utils
 
+from data.identity import sha256_of
+from data.models import check_unknown, stop_clock
 from data.rows import parse
-from variants.files import fail, sha256_of
+from variants.files import fail
 
 MADLAD = "allenai/MADLAD-400"  # Section 4.2
 MADLAD_REVISION = "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
@@ -39,7 +38,6 @@ BAD_ROW = (
     UnicodeEncodeError,
     TemplateError,
 )
-TODAY = datetime(2025, 1, 1)  # for chat templates that write a date
 
 
 def read_rows(path):
@@ -82,7 +80,7 @@ def render(chat, tokenizer):
     """Return a chat in the model's chat template, whose clock stands still."""
     for turn in chat:
         turn["content"].encode()  # a template may write a list of parts as Python does
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)
+    stop_clock()
     return tokenizer.apply_chat_template(chat, tokenize=False)
 
 
@@ -171,7 +169,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "
         f"{counts['tokens'] / max(1, counts['words']):.2f} per word; {end_of_text!r} ends each"
     )
-    check_unknown(tokenizer, counts, f"{flag} {data}")
+    check_unknown(tokenizer, counts["unknown"], counts["tokens"], f"{flag} {data}", fail)
     sequences = tokens.map(
         cut,
         batched=True,
@@ -183,14 +181,6 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         desc=f"cut {flag}",
     )
     return sequences.with_format("torch"), counts | {"documents": len(tokens), "key": key}
-
-
-def check_unknown(tokenizer, counts, what):
-    """Fail if the tokenizer does not know the script: <unk> everywhere is easy to predict."""
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    share = counts["unknown"] / counts["tokens"]
-    if share > 0.01 and tokenizer.unk_token_id not in special:
-        fail(f"{what}: {share:.1%} of the tokens are <unk>. Choose a model that knows the script")
 
 
 def batch_indices(step, batch_size, num_sequences, seed):

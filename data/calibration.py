@@ -6,11 +6,9 @@ A document is a chat or raw text. Chats are written in the model's chat template
 shuffled, concatenated and cut into sequences without padding (Section 4.2 and Table 5).
 """
 
-import datetime
 import gzip
 import random
 import sys
-import types
 import zlib
 from pathlib import Path
 
@@ -22,15 +20,14 @@ from jinja2 import TemplateError
 from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 from tqdm import tqdm
-from transformers.utils import chat_template_utils
 
+from data.models import check_unknown, stop_clock
 from data.rows import parse
 
 PRESETS = {  # --data: data set, revision, size of the download
     "tulu": ("allenai/tulu-3-sft-olmo-2-mixture", "main", "1.4 GB"),
     "alpaca": ("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "24 MB"),
 }
-DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates: scores do not depend on the day
 BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 BAD_FILE = (*BAD_ROW, OSError, EOFError, ArrowException, zlib.error)
 BAD_DOWNLOAD = (*BAD_ROW, OSError, DatasetsError, HTTPError)
@@ -106,7 +103,7 @@ def tokenize(document, tokenizer):
         ids = tokenizer(document, split_special_tokens=True)["input_ids"]
         return ids + [tokenizer.eos_token_id]
 
-    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)
+    stop_clock()
     try:
         text = tokenizer.apply_chat_template(document, tokenize=False)
     except BAD_TEMPLATE as error:
@@ -130,10 +127,8 @@ def calibration_tokens(data, tokenizer, num_samples, seq_len, seed):
         ids += tokenize(document, tokenizer)
         if len(ids) >= num_samples * seq_len:
             break
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    unknown = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
-    if unknown > 0.01 and tokenizer.unk_token_id not in special:
-        fail(f"--data {data}: {unknown:.1%} of the tokens are <unk>. Choose a model of its script")
+    unknown = ids.count(tokenizer.unk_token_id)
+    check_unknown(tokenizer, unknown, len(ids), f"--data {data}", fail)
     samples = min(num_samples, len(ids) // seq_len)
     if samples == 0:
         fail(f"--data {data}: {len(ids)} tokens do not fill one sequence. Give more text")

@@ -2,12 +2,10 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import random
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -26,24 +24,6 @@ def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print(f"evaluate.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def sha256_of(paths):
-    """Return sha256 over the names and contents of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def git_commit():
-    """Return the commit of this code, with -dirty after changes, or None outside a checkout."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def versions_for(device):

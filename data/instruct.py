@@ -1,22 +1,19 @@
 """An instruct model as evaluate.py and chat_eval.py use it: files, tokenizer, chats, weights."""
 
-import datetime
 import json
 import os
 import random
-import types
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import chat_template_utils, logging
+from transformers.utils import logging
 
 from data import models
-from data.evaluation import fail, sha256_of
-
-DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
+from data.evaluation import fail
+from data.identity import sha256_of
 
 
 def find_model(name):
@@ -29,7 +26,7 @@ def find_model(name):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
         except (OSError, ValueError) as error:
             fail(f"model {name} is not a directory, and the hub did not give it: {error}")
-    return folder, sha256_of(sorted(path for path in folder.iterdir() if path.suffix in kinds))
+    return folder, sha256_of([path for path in folder.iterdir() if path.suffix in kinds])
 
 
 def load_tokenizer(folder):
@@ -95,7 +92,7 @@ def split(tokenizer, prompt, text, raw=False):
 
 def render(tokenizer, messages):
     """Return a chat as text, up to where an answer begins or to the end of the one given."""
-    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)  # of strftime_now
+    models.stop_clock()
     options = dict(tokenize=False, enable_thinking=False)
     options["add_generation_prompt"] = messages[-1]["role"] != "assistant"
     roles = [turn["role"] for turn in messages]
@@ -128,17 +125,6 @@ def last_turn(tokenizer, messages):
     return prompt, whole[at:].rstrip()
 
 
-def check_unknown(count, tokenizer):
-    """Exit with an error if more than 1% of the tokens, {id: number}, are <unk>.
-
-    A tokenizer that does not know the script turns text into <unk>, which is easy to predict.
-    """
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    unknown = count[tokenizer.unk_token_id] / count.total()
-    if unknown > 0.01 and tokenizer.unk_token_id not in special:
-        fail(f"{unknown:.1%} of the tokens are <unk>. Choose a model that knows the script")
-
-
 def shared_start(model, prompts):
     """Return how many ids all prompts begin with, at most all but one of each.
 
@@ -147,6 +133,13 @@ def shared_start(model, prompts):
     if len(prompts) == 1 or any(DynamicCache(config=model.config).is_sliding):
         return 0
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def cache_of(model, ids, rows):
+    """Return the KV cache of ids, computed once, for a number of rows that begin with them."""
+    cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def can_batch(model, config, context, loglik, generate):

@@ -3,6 +3,9 @@
 All stages ask here, so that a model which one refuses is refused by the others, for one reason.
 """
 
+import datetime
+import types
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -14,10 +17,12 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.utils import chat_template_utils
 
 # What transformers raises for files that are missing, damaged, or of another kind of model.
 BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError)
+DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
 ENCODERS = ("bert-generation", "trocr", "xlnet")  # these do not say so in their config
 
 
@@ -69,6 +74,22 @@ def load_tokenizer(name, rows, fail):
     if not 0 < size <= rows:
         fail(f"model {name}: {size} tokens, but {rows} embeddings. Check its tokenizer")
     return tokenizer
+
+
+def stop_clock():
+    """Make it DATE in all chat templates, so that no result depends on the day."""
+    chat_template_utils.datetime = types.SimpleNamespace(now=lambda: DATE)
+
+
+def check_unknown(tokenizer, unknown, total, what, fail):
+    """Call fail if more than 1% of the tokens are <unk>: the tokenizer does not know the script.
+
+    <unk> everywhere is easy to predict, so that all numbers would look splendid.
+    """
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    share = unknown / max(1, total)
+    if share > 0.01 and tokenizer.unk_token_id not in special:
+        fail(f"{what}: {share:.1%} of the tokens are <unk>. Choose a model that knows the script")
 
 
 def load_skeleton(name, fail):

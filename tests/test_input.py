@@ -23,6 +23,7 @@ import evaluate
 import make_mask
 import score
 import train
+from data.identity import digest_of
 from data.rows import parse
 from variants import files
 
@@ -239,7 +240,7 @@ def test_a_byte_order_mark_is_not_text(olmo2, tmp_path):
         score.main([str(a) for a in [*argv, "--out", tmp_path / "scores"]])
         train.main([str(a) for a in train_argv(olmo2, path, out)])
         weights = (out / "model/model.safetensors").read_bytes()
-        found[name] = (score.digest_of(load_file(tmp_path / "scores")), weights)
+        found[name] = (digest_of(load_file(tmp_path / "scores")), weights)
     assert found["plain"] == found["marked"]
 
 

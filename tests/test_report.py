@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(ROOT / "tools"))
 import report
 
-from make_mask import digest_of
+from data.identity import digest_of
 
 
 @pytest.fixture

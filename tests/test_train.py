@@ -24,6 +24,7 @@ import make_mask
 import score
 import train
 from data.blocks import batch_indices, load_sequences
+from data.identity import digest_of
 from variants import adalora, files, gmt
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("olmo2", "llama")]
@@ -915,7 +916,7 @@ def rewritten(mask, path, change):
     with safe_open(mask, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     change(metadata, tensors)
-    metadata["tensors_sha256"] = files.digest_of(tensors)
+    metadata["tensors_sha256"] = digest_of(tensors)
     save_file(tensors, path, metadata=metadata)
     return path
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
+from data.identity import git_commit, sha256_of
 from evaluate import GREEDY, SAMPLING, write_atomically
 
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
@@ -367,7 +368,7 @@ def run(args):
     settings = {name: getattr(args, name) for name in names.split()}
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
-    header["data_sha256"] = evaluate.sha256_of(args.files)
+    header["data_sha256"] = sha256_of(args.files)
     done = read_done(f"{stem}.items.jsonl", header)
     lines = [json.dumps(header), *map(json.dumps, done.values())]
     write_atomically(f"{stem}.items.jsonl", "\n".join(lines) + "\n")
@@ -401,7 +402,7 @@ def run(args):
             write_for_judge(f"{stem}.ae2-{number}.json", rows, number, done, args.model)
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
     content |= {"settings": settings | {"model_sha256": model_sha256}}
-    content |= {"device": args.device, "git_commit": evaluate.git_commit()}
+    content |= {"device": args.device, "git_commit": git_commit()}
     content |= {"results": summarize(done, args, english, odds)}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {stem}.items.jsonl")

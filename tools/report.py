@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import broadcast_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.identity import digest_of
 from evaluate import write_atomically
-from make_mask import digest_of
 
 try:
     from matplotlib.figure import Figure

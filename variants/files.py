@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,28 +26,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import cached_file
 
 from data import models
+from data.identity import digest_of, sha256_of
 from variants.distributed import RANK, WORLD, add_up, barrier, fail, full, local
 
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
-
-
-def sha256_of(paths):
-    """Return the sha256 over names and contents of files, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def git_commit():
-    """Return the commit of this code, with -dirty if files changed since, or None."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    try:
-        return subprocess.run(command, **options).stdout.strip() or None
-    except OSError:  # no git on this machine
-        return None
 
 
 def peak_memory(device):
@@ -57,14 +38,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def digest_of(tensors):
-    """Return the sha256 over names and bytes of tensors, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
