@@ -7,9 +7,9 @@ score.py and evaluate.py split their batches instead: each rank has the whole mo
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from traceback import print_exception
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from tqdm import tqdm
@@ -25,15 +26,29 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"
 NOTHING = torch.empty(0)
+
+
+def say(message):
+    """Print an error in one line.
+
+    Most errors are met by all ranks, and rank 0 says them. Another rank waits for torchrun to end
+    it, and speaks only if that does not happen.
+    """
+    line = " ".join(str(message).split())[:500]
+    stderr = sys.stderr
+    if RANK > 0:
+        time.sleep(3)
+        line, stderr = f"rank {RANK}: {line}", sys.__stderr__
+    tqdm.write(f"{SCRIPT}: error: {line}", file=stderr)
 
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
-    if RANK == 0:
-        line = " ".join(str(message).split())[:500]
-        tqdm.write(f"train.py: error: {line}", file=sys.stderr)
+    say(message)
     raise SystemExit(2)
 
 
@@ -53,17 +68,30 @@ def join(device, timeout):
     """Wait for all ranks, each on a GPU of its own. timeout: minutes to wait for one that hangs."""
     if WORLD == 1:
         return
+    if not 0 < timeout < 1e6:
+        fail(f"--timeout {timeout}: not a number of minutes above 0. Change it")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if LOCAL_RANK >= torch.cuda.device_count():
+            fail(f"{torch.cuda.device_count()} GPUs are fewer than the processes. Start as many")
+        torch.cuda.set_device(LOCAL_RANK)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
 
 
 def quiet():
-    """Let rank 0 alone print. The others still show where an unexpected error was raised."""
+    """Let rank 0 alone print, but for errors that the others do not share."""
+    if WORLD > 1:
+        sys.excepthook = show
     if RANK > 0:
-        sys.excepthook = partial(print_exception, file=sys.stderr)
         sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def show(kind, error, trace):
+    """Print an error that nothing has caught: in one line if it is that another rank is gone."""
+    if issubclass(kind, dist.DistError) or "gloo" in str(error):
+        say(f"another rank has ended, or was silent for longer than --timeout ({error})")
+    else:
+        print_exception(error, file=sys.__stderr__)
 
 
 def barrier():
@@ -74,12 +102,27 @@ def barrier():
 
 @contextmanager
 def rank_zero_first():
-    """Run the body on rank 0, then on the others, which find its files."""
+    """Run the body on rank 0, then on a rank of each other machine, then on those that are left.
+
+    They find its files, whether or not the machines share a disk.
+    """
+    turn = 0
     if RANK > 0:
+        turn = 1 if LOCAL_RANK == 0 else 2
+    for _ in range(turn):
         barrier()
     yield
-    if RANK == 0:
+    for _ in range(2 - turn):
         barrier()
+
+
+@contextmanager
+def one_error():
+    """Let what the ranks raise in torch.distributed.checkpoint, with tracebacks, be one OSError."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
 
 
 def add_up(tensor):
@@ -144,15 +187,16 @@ def read_source(model, name, directory):
     Each rank reads its rows from the safetensors files.
     """
     if not Path(name).is_dir():
-        with rank_zero_first():
-            snapshot_download(name, allow_patterns="*.safetensors")
+        with rank_zero_first():  # directory: that of a commit
+            snapshot_download(name, revision=directory.name, allow_patterns="*.safetensors")
     source = {}
     for key, p in model.named_parameters():
         if not key.endswith(".columns"):
             source[key] = torch.zeros_like(p, dtype=torch.float32, device=p.device).detach()
     try:
-        dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
-    except (RuntimeError, KeyError) as error:
+        with one_error():
+            dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
+    except OSError as error:
         fail(f"--model {name}: cannot be read by several ranks ({error}). Start without torchrun")
     return source
 
@@ -209,6 +253,13 @@ def from_rank_zero(value):
     if WORLD > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def check_alike(values):
+    """Exit with an error if this rank's {what: value} are not those of rank 0."""
+    for what, value in from_rank_zero(values).items():
+        if values.get(what) != value:
+            fail(f"{what} is {values.get(what)}, but {value} on rank 0. Give all the same")
 
 
 def in_order(batches, sums, unit):

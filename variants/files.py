@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,12 +23,26 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
 from transformers.utils import cached_file
 
 from data import models
 from data.identity import digest_of, sha256_of
-from variants.distributed import RANK, WORLD, add_up, barrier, fail, full, local
+from variants.distributed import (
+    LOCAL_RANK,
+    RANK,
+    WORLD,
+    add_up,
+    barrier,
+    check_alike,
+    fail,
+    from_rank_zero,
+    full,
+    gather,
+    local,
+    mine,
+    one_error,
+)
 
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 
@@ -66,10 +81,20 @@ def fingerprint(model):
 
 
 def model_key(model, directory):
-    """Identify a model's files: the commit of a hub id, the sha256 of a directory's files."""
-    paths = [path for path in directory.iterdir() if path.is_file()]
-    commit = getattr(model.config, "_commit_hash", None)
-    return commit or sha256_of([path for path in paths if path.suffix not in OTHER_FORMATS])
+    """Identify a model's files: the commit of a hub id, the sha256 of a directory's files.
+
+    For all ranks. One on each machine reads the files.
+    """
+    if commit := getattr(model.config, "_commit_hash", None):
+        return commit
+    digest = None
+    if LOCAL_RANK == 0:
+        paths = [path for path in directory.iterdir() if path.is_file()]
+        digest = sha256_of([path for path in paths if path.suffix not in OTHER_FORMATS])
+    first = from_rank_zero(digest)
+    if digest not in (None, first):
+        fail(f"--model {directory}: not the files that rank 0 has. Copy them to all machines")
+    return first
 
 
 def is_exact(source, dtype):
@@ -171,6 +196,7 @@ def check_fit(args, model, masks):
 def locked(out, resume):
     """Create OUT and keep other runs from writing to it."""
     if RANK > 0:
+        check_out(out, resume)
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -187,23 +213,33 @@ def locked(out, resume):
 
 
 def check_out(out, resume):
-    """Exit with an error if OUT holds what this run would overwrite, or lacks what it resumes."""
-    final, log, checkpoint = out / "model", out / "train.jsonl", newest_checkpoint(out)
-    if final.exists() and checkpoint and resume:  # killed while it removed the checkpoint
-        remove_checkpoints(out)
-        print(f"finished before: {final}")
+    """Exit with an error if OUT holds what this run would overwrite, or lacks what it resumes.
+
+    For all ranks. What rank 0 sees counts.
+    """
+    final, checkpoint, foreign = from_rank_zero(contents_of(out) if RANK == 0 else None)
+    if final and checkpoint and resume:  # killed while it removed the checkpoint
+        if RANK == 0:
+            remove_checkpoints(out)
+        print(f"finished before: {out}/model")
         raise SystemExit(0)
-    if final.exists():
+    if final:
         fail(f"--out {out}: holds a finished model. Choose another directory, or delete it")
     if checkpoint and not resume:
         fail(f"--out {out}: holds a checkpoint. Add --resume, or delete it to start again")
     if resume and not checkpoint:
         fail(f"--resume: {out}/checkpoint holds no checkpoint. Leave --resume out to start")
-    # A damaged log does not stand in the way of a sound checkpoint beside it.
-    ours = log.exists() and log.open(errors="replace").readline().startswith('{"settings"')
-    ours = ours or checkpoint
-    if (log.exists() or (out / "model.tmp").exists()) and not ours:
+    if foreign and not checkpoint:  # a damaged log beside a sound checkpoint is no obstacle
         fail(f"--out {out}: holds files that train.py did not write. Choose another directory")
+
+
+def contents_of(out):
+    """Return (has OUT a finished model, its newest checkpoint, is a log or model in it foreign)."""
+    log = out / "train.jsonl"
+    foreign = log.exists() or (out / "model.tmp").exists()
+    if log.exists():
+        foreign = not log.open(errors="replace").readline().startswith('{"settings"')
+    return (out / "model").exists(), newest_checkpoint(out), foreign
 
 
 def finish(out):
@@ -261,12 +297,17 @@ def state_of(model, optimizer):
 
 
 def resume_settings(args, model_key, data_key, masks):
-    """Return what must be the same on --resume. On a CPU the result is then bit-identical."""
-    ignored = {"out", "eval_every", "eval_tokens", "log_every", "save_every", "resume", "timeout"}
-    ignored |= {"source_eval", "target_eval"} | {"model", "data", "mask"}  # their contents count
-    settings = {name: value for name, value in vars(args).items() if name not in ignored}
+    """Return what must be the same on --resume. On a CPU the result is then bit-identical.
+
+    For all ranks. Exit with an error if they differ in it, or in when they evaluate and save.
+    """
+    paths = {"model", "data", "mask", "out", "source_eval", "target_eval"}  # their contents count
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
     settings |= {"model": model_key, "data": data_key, "mask": digest_of(masks)}
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    check_alike(settings)
+    for name in ("eval_every", "eval_tokens", "log_every", "save_every", "resume", "timeout"):
+        del settings[name]
     if args.device == "cpu":
         settings["threads"] = torch.get_num_threads()
         settings["cpu"] = torch.backends.cpu.get_cpu_capability()
@@ -275,8 +316,10 @@ def resume_settings(args, model_key, data_key, masks):
 
 def save_checkpoint(out, step, model, optimizer, scaler, settings):
     """Write the checkpoint of a step and remove older ones. Exit with an error if not finite."""
+    began = time.perf_counter()
     state = state_of(model, optimizer)
-    if not all(torch.isfinite(value).all() for value in state.values()):
+    bad = sum((~local(value).isfinite()).any() for value in state.values())
+    if add_up(bad) > 0:
         fail(f"step {step}: weights are not finite. Lower --lr; what was saved before is intact")
     final = out / f"checkpoint/step-{step}"
     temporary = final.with_suffix(".tmp")
@@ -284,18 +327,20 @@ def save_checkpoint(out, step, model, optimizer, scaler, settings):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
+    if not temporary.is_dir():
+        fail(f"--out {out}: not on a file system that all machines share. Choose one")
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    try:
+    with one_error():
         dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
-    except CheckpointException as error:  # it has the traceback of each rank
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+    digests = tensor_digests(temporary)
     if RANK == 0:
         about = {"step": step, "settings": settings, "scaler": scaler.state_dict()}
-        about["files"] = tensor_digests(temporary)
+        about["files"] = digests
         write_atomically(temporary / "checkpoint.json", json.dumps(about))
         os.replace(temporary, final)
         remove_checkpoints(out, keep=final)
     barrier()
+    tqdm.write(f"step {step}: checkpoint saved in {time.perf_counter() - began:.1f} s")
 
 
 def load_checkpoint(out, model, optimizer, scaler):
@@ -308,7 +353,8 @@ def load_checkpoint(out, model, optimizer, scaler):
             zeros = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-    dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
+    with one_error():
+        dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
     about = json.loads((path / "checkpoint.json").read_text())
     scaler.load_state_dict(about["scaler"])
     print(f"resumed after step {about['step']}")
@@ -332,12 +378,16 @@ def check_checkpoint(out, settings):
 
 
 def tensor_digests(folder):
-    """Return a fast digest of each tensor file, to find damage."""
+    """Return a fast digest of each tensor file, to find damage. The ranks share the work."""
     found = {}
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            found[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-    return found
+    names = from_rank_zero(sorted(path.name for path in folder.glob("*.safetensors")))
+    for name in mine(names):
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    digests = {}
+    for some in gather(found):
+        digests |= some
+    return from_rank_zero(digests)
 
 
 def newest_checkpoint(out):
