@@ -19,6 +19,7 @@ Tiny, on a CPU:
     python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \\
         --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
 The paper's setting, on one GPU; the same file on four: torchrun --nproc_per_node=4 score.py ...
+(they share the weights of a model that is too large for one)
     python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu \\
         --out runs/ne/scores-wanda.safetensors
 LoTA (Section 6), how far 100 steps of full fine-tuning moved each weight:
@@ -42,7 +43,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from data.calibration import calibration_tokens, fail
 from data.identity import digest_of
@@ -176,9 +179,16 @@ def input_norms(model, owners, tokens, batch_size):
             last.update(x=x, sum=squared.new_ones(len(squared)) @ squared)
         squares[name] = squares.get(name, 0) + last["sum"]
 
+    model.decode = model.base_model.forward
+    register_fsdp_forward_method(model, "decode")  # gathers weights that the ranks share
+    batches = tokens.split(batch_size)
+    if isinstance(model, FSDPModule):  # each rank reads all batches
+        batches = tqdm(batches, desc="calibrate", unit="batch")
+    else:
+        batches = distributed.in_order(batches, squares, "batch")
     hooks = [module.register_forward_hook(add) for module in weights]
-    for batch in distributed.in_order(tokens.split(batch_size), squares, "batch"):
-        model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    for batch in batches:
+        model.decode(input_ids=batch.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
 
@@ -249,16 +259,28 @@ def fisher_scores(model, names, tokens, axis):
     return {name: total / len(tokens) for name, total in sums.items()}
 
 
+def load_model(args, name, skeleton):
+    """Return a model. Several ranks share its weights if these are too large for one."""
+    dtype = getattr(torch, args.dtype)
+    alone = WORLD == 1 or args.method not in CALIBRATED
+    if alone or not distributed.is_too_large(skeleton, dtype, args.device):
+        return load_weights(name, fail, dtype=dtype).to(args.device)
+    if args.method == "fim":
+        fail(f"--method fim needs GPUs that hold all of {name}. Choose another method")
+    model = distributed.empty_model(skeleton.config, dtype=dtype)
+    distributed.shard(model, args.dtype)
+    directory = Path(cached_file(name, "config.json")).parent
+    distributed.fill(model, args.device, name, directory)
+    return model.eval()
+
+
 def compute_scores(args, skeleton, owners, tokens):
     """Return {name: fp32 scores} of the parameters that receive tokens. Rank 0 gets them all."""
     if args.method == "random":
         return random_scores(skeleton, owners, args.axis, args.seed)
 
-    dtype = getattr(torch, args.dtype)
-    model = load_weights(args.model, fail, dtype=dtype).to(args.device)
-    adapted = model
-    if args.adapted:
-        adapted = load_weights(args.adapted, fail, dtype=dtype).to(args.device)
+    model = load_model(args, args.model, skeleton)
+    adapted = load_model(args, args.adapted, skeleton) if args.adapted else model
     owners = scored_parameters(model)
     if args.method == "fim":
         return fisher_scores(model, owners.keys(), tokens, args.axis)
@@ -269,9 +291,11 @@ def compute_scores(args, skeleton, owners, tokens):
     scores = {}
     with torch.no_grad():
         for name, x_norm in tqdm(norms.items(), desc="score", unit="parameter"):
-            weight, moved = model.get_parameter(name), adapted.get_parameter(name)
-            s = element_scores(args.method, weight, x_norm, tokens.numel(), moved)
-            scores[name] = sum_along(args.axis, s).cpu()
+            weight = distributed.full(model.get_parameter(name))
+            if RANK == 0:
+                moved = adapted.get_parameter(name)
+                s = element_scores(args.method, weight, x_norm, tokens.numel(), moved)
+                scores[name] = sum_along(args.axis, s).cpu()
     return scores
 
 
@@ -317,6 +341,8 @@ def run(args):
         print(f"{len(tokens)} of {args.num_samples} requested sequences, {tokens.numel():,} tokens")
         print(f"the first one begins: {tokenizer.decode(tokens[0, :48])!r}")
         distributed.join(args.device, args.timeout)
+        read = {"model": fingerprint(skeleton), "data": digest_of({"": tokens}), "out": ""}
+        distributed.check_alike(vars(args) | read)
     elif RANK > 0:
         return
 
@@ -353,6 +379,8 @@ def main(argv=None):
         run(args)
     except (OSError, SafetensorError) as error:
         fail(f"--out {args.out} cannot be written ({error}). Free space or choose another place")
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}. Lower --batch-size, or start it on several GPUs with torchrun")
     except KeyboardInterrupt:
         tqdm.write("score.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -79,6 +79,41 @@ def test_scores_are_the_file_of_one_process(ranks, kind, more, chats, tmp_path, 
     assert "scores of" in texts[0][0] and not any(out + err for out, err in texts[1:])
 
 
+SHARED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import score
+from variants import distributed
+
+distributed.MOST = 0  # of the memory, so that every model is too large
+score.main(sys.argv[2:])
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    "ranks,kind,more",
+    [
+        (2, "qwen2", []),
+        (3, "llama", ["--axis", "element"]),
+        (4, "olmo2", ["--dtype", "bfloat16", "--axis", "row"]),
+        (2, "olmo2", ["--method", "sparsegpt"]),
+    ],
+)
+def test_ranks_share_a_model_that_is_too_large(ranks, kind, more, chats, tmp_path, python, request):
+    model = request.getfixturevalue(kind)
+    script = tmp_path / "score.py"
+    script.write_text(SHARED)
+    argv = [ROOT, *scoring(model, chats, tmp_path / "many", *more)]
+    run_ranks(python, ranks, script, argv)
+    score.main(scoring(model, chats, tmp_path / "one", *more))
+    assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
+    if "row" in more:
+        argv = [ROOT, *scoring(model, chats, tmp_path / "fim", "--method", "fim")]
+        (_, err), *_ = run_ranks(python, ranks, script, argv, code=2)
+        assert "--method fim needs GPUs that hold all of" in err and len(lines_of(err)) == 1
+
+
 def test_what_score_refuses_is_one_line(olmo2, chats, tmp_path, python):
     def refused(*argv):
         (_, err), *others = run_ranks(python, 2, "score.py", argv, code=2)

@@ -2,7 +2,8 @@
 
 PyTorch's fully_shard (FSDP2) splits each parameter by rows over the ranks, with its gradient and
 Adam's moments. The global batch, the order of tokens and the schedule are those of one process.
-score.py and evaluate.py split their batches instead: each rank has the whole model.
+score.py and evaluate.py split their batches instead: each rank has the whole model. score.py
+shards one that is too large for that, and all ranks then run all batches.
 """
 
 import os
@@ -29,6 +30,7 @@ RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"
+MOST = 0.8  # of the memory
 NOTHING = torch.empty(0)
 
 
@@ -89,7 +91,8 @@ def quiet():
 def show(kind, error, trace):
     """Print an error that nothing has caught: in one line if it is that another rank is gone."""
     if issubclass(kind, dist.DistError) or "gloo" in str(error):
-        say(f"another rank has ended, or was silent for longer than --timeout ({error})")
+        what = "another rank has ended, or was silent for longer than --timeout"
+        say(f"{what}. Look for its own error, and start again ({error})")
     else:
         print_exception(error, file=sys.__stderr__)
 
@@ -219,6 +222,15 @@ def empty_model(config, **options):
     """Return the model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **options)
+
+
+def is_too_large(model, dtype, device):
+    """Return whether the weights of a model fill most of a GPU, or of a rank's part of the RAM."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    weights = sum(p.numel() for p in model.parameters())
+    return weights * dtype.itemsize > MOST * memory
 
 
 def compile_layers(model):
