@@ -49,7 +49,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from data.blocks import batch_indices, load_sequences
 from data.identity import git_commit
-from variants import adalora, compact, distributed, files, fused_adam, gmt
+from variants import adalora, adamw8bit, compact, distributed, files, fused_adam, gmt
 from variants.distributed import RANK, WORLD, fail
 
 PRECISIONS = ("bf16", "bf16-true", "fp16", "fp32")
@@ -81,6 +81,9 @@ def parse_args(argv=None):  # noqa: C901
     precision = "autocast over fp32 weights (bf16, fp16); bf16 weights, fp32 moments (bf16-true)"
     add("--precision", choices=PRECISIONS, default="bf16", help=precision)
     add("--compact", action="store_true", help="no gradients or moments for frozen columns")
+    optimizer = "AdamW, or AdamW with moments of 8 bits and updates rounded at random (torchao)"
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help=optimizer)
+    add("--round-nearest", action="store_true", help="adamw8bit without random rounding")
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--compile", action="store_true", help="torch.compile of each decoder layer")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -109,6 +112,7 @@ def parse_args(argv=None):  # noqa: C901
         parser.error("--compile needs a C++ compiler: install one, or leave it out")
     if args.adalora:
         adalora.check(args, parser.error)
+    adamw8bit.check(args, parser.error)
     return args
 
 
@@ -134,7 +138,7 @@ def build_model(args, masks, config, directory):
     if args.adalora:
         model = adalora.add_adapters(model, args.steps, args.seed)
     if args.compact:  # on the CPU, so that the full fp32 model is never moved to the GPU
-        compact.make_compact(model, masks, args.precision)
+        compact.make_compact(model, masks, args.precision, args.optimizer == "adamw8bit")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
@@ -219,6 +223,9 @@ def make_optimizer(model, masks, args):
         if p.dim() > 1:
             decayed.append((p, mask))
     options = {"lr": args.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if args.optimizer == "adamw8bit":
+        options |= {"weight_decay": args.weight_decay, "stochastic": not args.round_nearest}
+        return adamw8bit.AdamW8bit(params.values(), decayed, masked, **options), masked, []
     if args.precision == "bf16-true":
         options |= {"weight_decay": args.weight_decay, "decayed": dict(decayed)}
         return fused_adam.FusedAdam(params.values(), **options), masked, []
@@ -251,7 +258,7 @@ def verify_and_copy(model, source, masks):
     for name, before in source.items():
         p = model.get_parameter(name)
         before = distributed.local(before)
-        now = distributed.local(p.detach()).to(before.device)
+        now = distributed.local(compact.as_in_source(model, name)).to(before.device)
         after = torch.where(now == before.to(now.dtype), before, now.float())
         if name in columns:
             index, values = columns[name]
@@ -409,20 +416,8 @@ def run(args):
     if args.resume:
         files.check_checkpoint(args.out, settings)
 
-    # Say what will be done
-    total = sum(p.numel() for p in skeleton.parameters())
-    num_drawn = args.steps * args.batch_size
     first = sequences[batch_indices(0, 1, len(sequences), args.seed)[0]]["input_ids"]
-    frozen = 0.0  # weights
-    for name, mask in masks.items():
-        frozen += (mask == 0).float().mean().item() * skeleton.get_parameter(name).numel()
-    print(f"{args.model}: {total:,} parameters, {frozen / total:.1%} of them frozen by the masks")
-    print(f"{args.precision} on {args.device} x {WORLD}, seed {args.seed}")
-    print(f"first sequence: {tokenizer.decode(first)!r}")
-    print(
-        f"{args.steps:,} steps x {args.batch_size} sequences x {args.seq_len} tokens = "
-        f"{num_drawn * args.seq_len:,} tokens, {num_drawn / len(sequences):.2f} epochs"
-    )
+    files.print_plan(args, skeleton, masks, len(sequences), tokenizer.decode(first))
 
     # Train, prove, save
     with files.locked(args.out, args.resume):

@@ -7,11 +7,14 @@ A frozen column needs no gradient, and the gradient of the others does not need 
 
 So each nn.Linear with frozen columns becomes a CompactLinear:
 
-    weight   Parameter  [d_out, d_in]  the whole matrix as the forward pass reads it, without
-    gradient columns  Parameter  [d_out, k]     the trainable columns, all that the optimizer sees
+    weight   Parameter  [d_out, d_in]  the matrix that the forward pass reads, without gradient
+    columns  Parameter  [d_out, k]     the trainable columns, all that the optimizer sees
 
 After each optimizer step, `write_columns` copies the columns into the matrix. Optimizer, clipping
 and checkpoints need no special case. The updates are those of masked training, up to rounding.
+
+With --optimizer adamw8bit, memory counts for more than time: in an InPlaceLinear, the columns are a
+view of the matrix, whose trainable columns come first. Its input is put into the same order.
 """
 
 import torch
@@ -62,12 +65,37 @@ class CompactLinear(nn.Module):
         return SelectedColumns.apply(x, self.weight, self.columns, self.bias, self.index)
 
 
+class InPlaceLinear(CompactLinear):
+    """A CompactLinear without a copy of its trainable columns. Sums are in another order."""
+
+    def __init__(self, linear, index):
+        weight = linear.weight.detach()
+        frozen = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, index, False)
+        order = torch.cat([index, frozen.nonzero()[:, 0]])
+        linear.weight.data = select(weight, order)
+        first = torch.arange(len(index))
+        super().__init__(linear, first, weight.dtype, weight.dtype)
+        self.register_buffer("order", order, persistent=False)  # [d_in]
+        self.share()
+
+    def share(self):
+        self.columns.data = self.weight.data[:, : len(self.index)]
+
+    def _apply(self, fn, recurse=True):  # .to(device) moves weight and columns apart
+        super()._apply(fn, recurse)
+        self.share()
+        return self
+
+    def forward(self, x):
+        return super().forward(x.index_select(-1, self.order))
+
+
 def trainable(mask, weight):
     """Return the trainable columns of a weight [d_out, d_in] by its mask [1, d_in]: [k]."""
     return mask[0].expand(weight.shape[1]).nonzero()[:, 0]
 
 
-def make_compact(model, masks, precision):
+def make_compact(model, masks, precision, in_place=False):
     """Replace, in place, every nn.Linear whose mask [1, d_in] freezes some columns.
 
     A matrix that is frozen as a whole (mask [1, 1]) only loses its gradient. precision "bf16" keeps
@@ -81,7 +109,10 @@ def make_compact(model, masks, precision):
         low = torch.bfloat16 if precision == "bf16" else high
         if mask.any():
             index = trainable(mask, module.weight)
-            model.set_submodule(name, CompactLinear(module, index, low, high))
+            if in_place:
+                model.set_submodule(name, InPlaceLinear(module, index))
+            else:
+                model.set_submodule(name, CompactLinear(module, index, low, high))
         else:
             module.weight.requires_grad_(False)
             module.weight.data = module.weight.data.to(low)
@@ -100,17 +131,28 @@ def write_columns(model, check_gradients=False):
                 fail(
                     f"--compact: {name} got no gradient: the model does not call it. Omit --compact"
                 )
+            if isinstance(module, InPlaceLinear):
+                continue
             weight, columns = local(module.weight), local(module.columns)
             weight.scatter_(1, module.index.expand(len(weight), -1), columns.to(weight.dtype))
 
 
 def trained_columns(model):
-    """Return {name of a compact weight: (index [k], columns [rows of this rank, k])}."""
+    """Return {name: (index [k], columns [rows of this rank, k])} of the columns that are copies."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, CompactLinear):
+        if isinstance(module, CompactLinear) and not isinstance(module, InPlaceLinear):
             found[f"{name}.weight"] = module.index, local(module.columns.detach())
     return found
+
+
+def as_in_source(model, name):
+    """Return a parameter, without gradient, with the columns of a matrix as in the source model."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    p = model.get_parameter(name).detach()
+    if isinstance(module, InPlaceLinear) and p.dim() == 2:
+        return select(p, module.order.argsort())
+    return p
 
 
 @torch.no_grad()

@@ -188,6 +188,22 @@ def check_fit(args, model, masks):
         fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
 
 
+def print_plan(args, model, masks, num_sequences, first):
+    """Say what will be done. num_sequences: of the text; first: the first one that is read."""
+    total = sum(p.numel() for p in model.parameters())
+    num_drawn = args.steps * args.batch_size
+    frozen = 0.0  # weights
+    for name, mask in masks.items():
+        frozen += (mask == 0).float().mean().item() * model.get_parameter(name).numel()
+    print(f"{args.model}: {total:,} parameters, {frozen / total:.1%} of them frozen by the masks")
+    print(f"{args.precision} on {args.device} x {WORLD}, {args.optimizer}, seed {args.seed}")
+    print(f"first sequence: {first!r}")
+    print(
+        f"{args.steps:,} steps x {args.batch_size} sequences x {args.seq_len} tokens = "
+        f"{num_drawn * args.seq_len:,} tokens, {num_drawn / num_sequences:.2f} epochs"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # OUT: lock and log
 

@@ -1,0 +1,110 @@
+"""AdamW with moments of 8 bits, by torchao: `train.py --optimizer adamw8bit --precision bf16-true`.
+
+A block of 256 values of a moment is kept as 256 codes of 8 bits and one fp32 scale, so that both
+moments take 2.03 bytes a weight instead of 8. Parameters that blocks do not fit keep fp32 moments.
+Each update is computed in fp32 and rounded to bf16 at random, up or down, so that on average no
+update is lost. With --round-nearest it is rounded to the nearest, where small updates are lost.
+"""
+
+import importlib.metadata
+import logging
+
+import torch
+
+from variants.distributed import WORLD
+
+BLOCK = 256  # values that share a scale
+VERSION = "0.18.0"  # of torchao
+
+
+def check(args, error):
+    """Call error(message) if the other arguments or this machine do not allow what is asked for."""
+    if args.optimizer != "adamw8bit":
+        if args.round_nearest:
+            error("--round-nearest needs --optimizer adamw8bit")
+        return
+    if args.precision != "bf16-true":
+        error("--optimizer adamw8bit needs --precision bf16-true")
+    if WORLD > 1:
+        error("--optimizer adamw8bit runs in one process. Start without torchrun")
+    try:
+        found = importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found != VERSION:
+        error(f"--optimizer adamw8bit needs torchao: pip install torchao=={VERSION}")
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8-bit moments for parameters in bf16.
+
+    `decayed` and `masked` list (parameter, mask), where a mask is 1 = update, 0 = freeze. The state
+    is plain tensors, which a checkpoint can hold.
+    """
+
+    def __init__(self, params, decayed, masked, lr, betas, eps, weight_decay, stochastic):
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that are not needed here
+        from torchao.optim.adam import single_param_adam
+        from torchao.optim.quant_utils import create_dynamic_map
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.decayed, self.masks, self.stochastic = dict(decayed), dict(masked), stochastic
+        device = self.param_groups[0]["params"][0].device
+        self.signed = torch.tensor(create_dynamic_map(signed=True), device=device)
+        self.unsigned = torch.tensor(create_dynamic_map(signed=False), device=device)
+        self.quantized = OptimState8bit
+        for p in self.param_groups[0]["params"]:
+            self.state[p].update(new_state(p))  # now, as a checkpoint fills it in place
+        self.adam = single_param_adam
+        if device.type == "cuda":  # one kernel instead of a hundred
+            torch.compiler.config.recompile_limit = 64  # it is compiled for each shape
+            self.adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p, group):
+        self.state[p]["step"] += 1
+        mask = self.masks.get(p)
+        before = None if mask is None else p.clone()
+        self.adam(
+            p.detach(),
+            p.grad,
+            self.state[p]["step"],
+            self.moment(p, "exp_avg", self.signed),
+            self.moment(p, "exp_avg_sq", self.unsigned),
+            None,  # of AMSGrad
+            torch.tensor(group["lr"]),  # a number would be compiled into the kernel
+            *group["betas"],
+            group["weight_decay"] if p in self.decayed else 0.0,
+            group["eps"],
+            True,  # decoupled weight decay
+            self.stochastic,
+        )
+        if mask is not None:  # torchao decays frozen weights, too
+            p.copy_(torch.where(mask.bool(), p, before))
+
+    def moment(self, p, name, levels):
+        """Return a moment as torchao's update reads and writes it. Its memory is the state's."""
+        state = self.state[p]
+        if name in state:
+            return state[name]
+        codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+        return self.quantized(codes, scale, levels, signed=levels is self.signed)
+
+
+def new_state(p):
+    """Return the state of a parameter before its first step."""
+    state = {"step": torch.zeros(())}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if p.numel() < 4096 or p.numel() % BLOCK:
+            state[name] = torch.zeros(p.shape, device=p.device)
+        else:
+            state[f"{name}_codes"] = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
+            state[f"{name}_scale"] = torch.zeros(p.numel() // BLOCK, device=p.device)
+    return state
