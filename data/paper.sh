@@ -1,9 +1,14 @@
 # The paper profile of run_all.sh: OLMo-2 7B Instruct and 200M tokens of MADLAD-400 in the paper's
 # numerics (bf16 weights), and its evaluation sets. It needs one large GPU and the hub. Values in
-# capitals can be set from the environment instead.
+# capitals can be set from the environment instead. TASKS can have t3 too, the safety suite: its
+# judge and a part of its prompts are gated, and the other prompts are in a clone of a repository.
 : "${DATA_DIR:=data/paper}" "${MODEL:=allenai/OLMo-2-1124-7B-Instruct}" "${RUNS:=runs/${MODEL##*/}}"
 : "${CALIBRATION:=tulu}" "${NUM_SAMPLES:=500}" "${STEPS:=12208}" "${PRECISION:=bf16-true}"
 : "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix}"
+if [[ " ${TASKS//,/ } " = *" t3 "* && ! -s $DATA_DIR/en/t3.jsonl ]]; then
+    fail "t3 needs $DATA_DIR/en/t3.jsonl: HF_TOKEN=... python data/prepare_paper.py $lang" \
+        "--out $DATA_DIR --safety-eval CLONE. See data/README.md"
+fi
 about="$STEPS steps on MADLAD-400, hours a method (docs/PERFORMANCE.md)"
 en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--gradient-checkpointing)

@@ -2,6 +2,7 @@
 
     python data/prepare_paper.py ne                        # writes data/paper/en and data/paper/ne
     HF_TOKEN=... python data/prepare_paper.py ne ig --flores gated
+    HF_TOKEN=... python data/prepare_paper.py ne --safety-eval CLONE
 
     flores.{dev,devtest}   FLORES+: all of dev, 500 pairs of devtest (the authors' draw). The gated
                            original needs HF_TOKEN and its terms accepted. The ungated copy of mteb
@@ -9,7 +10,9 @@
     xlsum                  XL-Sum: the 500 articles of test and validation with the fewest tokens
     belebele               Belebele: all 900 questions
     mmlu.{dev,test}        MMLU (English) and Global-MMLU, without questions with an empty option
-    ae2                    AlpacaEval's 805 instructions, in en/ alone
+    ae2, mtb               AlpacaEval's 805 instructions, MT-Bench's 80 questions; in en/ alone
+    t3                     the Tulu 3 safety suite, in en/ alone: six files of CLONE, a clone of
+                           github.com/allenai/safety-eval, and the gated allenai/wildguardmix
 
 Each data set is read at its present commit, the ungated FLORES+ at a pinned one. provenance.json of
 each language records them. The hub's cache keeps what was fetched, so nothing is downloaded twice.
@@ -24,6 +27,9 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import safety
+
 HERE = Path(__file__).resolve().parent
 LANGUAGES = json.loads((HERE / "languages.json").read_text(encoding="utf-8"))
 FLORES = {
@@ -31,7 +37,7 @@ FLORES = {
     "ungated": ("mteb/FloresBitextMining", "2144d16cc15edd22d4a9237d12bff5f31f5c07fc"),
 }
 XLSUM, BELEBELE, AE2 = "csebuetnlp/xlsum", "facebook/belebele", "tatsu-lab/alpaca_eval"
-MMLU, GLOBAL_MMLU = "cais/mmlu", "CohereLabs/Global-MMLU"
+MMLU, GLOBAL_MMLU, MTB = "cais/mmlu", "CohereLabs/Global-MMLU", "lighteval/mt-bench"
 # Data sets with a loading script are read from their files: builder, path.
 FILES = {
     XLSUM: ("parquet", "{config}/{split}/*.parquet"),
@@ -47,10 +53,12 @@ def fail(message):
     raise SystemExit(2)
 
 
-def repositories(flores):
+def repositories(flores, clone):
     """Return {data set: revision} of all that is read; None is the newest commit."""
     name, revision = FLORES[flores]
-    newest = dict.fromkeys((BELEBELE, MMLU, GLOBAL_MMLU, AE2))
+    newest = dict.fromkeys((BELEBELE, MMLU, GLOBAL_MMLU, AE2, MTB))
+    if clone:
+        newest[safety.WILDGUARDMIX] = None
     return {name: revision, XLSUM: "refs/convert/parquet", **newest}
 
 
@@ -169,8 +177,14 @@ def mmlu_rows(load, lang, split):
     return [row for row in rows if row["question"] and all(row[option] for option in OPTIONS)]
 
 
-def files_of(load, lang, flores, tokenizer):
-    """Return {file name: (data set, rows)} of a language."""
+def mtb_rows(load):
+    """Return the questions of MT-Bench, of two turns each; some have a reference answer."""
+    rows = load(MTB, None, "train", ("question_id", "category", "turns", "reference"))
+    return [row | {"reference": row["reference"] or []} for row in rows]
+
+
+def files_of(load, lang, flores, tokenizer, clone):
+    """Return {file name: (data set, rows)} of a language. clone: read_clone's texts, or None."""
     mmlu = MMLU if lang == "en" else GLOBAL_MMLU
     files = {
         "xlsum.jsonl": (XLSUM, xlsum_rows(load, lang, tokenizer)),
@@ -178,6 +192,9 @@ def files_of(load, lang, flores, tokenizer):
     }
     if lang == "en":
         files["ae2.jsonl"] = AE2, load(AE2, None, "eval", ("instruction", "dataset"))
+        files["mtb.jsonl"] = MTB, mtb_rows(load)
+        if clone:
+            files["t3.jsonl"] = safety.WILDGUARDMIX, safety.safety_rows(clone, load)
     else:
         for split, rows in flores_rows(load, flores, lang).items():
             files[f"flores.{split}.jsonl"] = FLORES[flores][0], rows
@@ -217,13 +234,19 @@ def write_files(folder, files, commits):
         write_text(folder / name, text)
 
 
-def is_complete(folder, flores):
-    """Return whether all files of a language are there, unchanged. Refuse the other FLORES+."""
+def is_complete(folder, flores, needed):
+    """Return whether all files of a language are there, unchanged, and all of `needed`.
+
+    Refuse the other FLORES+.
+    """
     listing = folder / "provenance.json"
     if not listing.exists():
         return False
     try:
-        for name, facts in json.loads(listing.read_text(encoding="utf-8")).items():
+        listed = json.loads(listing.read_text(encoding="utf-8"))
+        if not needed <= listed.keys():
+            return False
+        for name, facts in listed.items():
             path = folder / name
             if not path.exists():
                 return False
@@ -250,16 +273,20 @@ def prepare(args):
     """Fetch and write English, which all are compared on, and the target languages."""
     languages = ["en", *(lang for lang in args.lang if lang != "en")]
     check_folders(args.out, languages)
+    needed = {"mtb.jsonl", "t3.jsonl"} if args.safety_eval else {"mtb.jsonl"}
     for lang in list(languages):
-        if is_complete(args.out / lang, args.flores):
+        if is_complete(args.out / lang, args.flores, needed if lang == "en" else set()):
             print(f"{args.out / lang} is complete and stays as it is. Delete it to fetch it again")
             languages.remove(lang)
     if not languages:
         return
+    clone = None
+    if args.safety_eval and "en" in languages:
+        clone = safety.read_clone(args.safety_eval, fail)
     from transformers import AutoTokenizer
 
     # Access to everything is checked before anything large is fetched.
-    revisions = repositories(args.flores)
+    revisions = repositories(args.flores, clone)
     commits = {repo: commit_of(repo, revision) for repo, revision in revisions.items()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
@@ -267,7 +294,7 @@ def prepare(args):
         fail(f"--model {args.model}: {error}")
     load = reader(commits)
     for lang in languages:
-        files = files_of(load, lang, args.flores, tokenizer)
+        files = files_of(load, lang, args.flores, tokenizer, clone)
         write_files(args.out / lang, files, commits)
     print(f"wrote {', '.join(str(args.out / lang) for lang in languages)}")
     print(
@@ -285,6 +312,7 @@ def main(argv=None):
     add("lang", nargs="+", choices=codes, help="target languages, by code")
     add("--out", type=Path, default=HERE / "paper", help="directory to write")
     add("--flores", choices=FLORES, default="ungated", help="version of FLORES+")
+    add("--safety-eval", type=Path, help="clone of github.com/allenai/safety-eval, for t3.jsonl")
     add(
         "--model",
         default="allenai/OLMo-2-1124-7B-Instruct",

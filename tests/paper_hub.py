@@ -1,6 +1,8 @@
-"""The paper's data sets in miniature on the stand-in hub, for the tests that fetch them."""
+"""The paper's data sets and judges in miniature on the stand-in hub, for tests that fetch them."""
 
+import csv
 import gzip
+import hashlib
 import json
 import shutil
 import sys
@@ -8,9 +10,14 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TEXT
+import torch
+from conftest import SIZES, TEXT, tiny_tokenizer
 from hub import HUB, REQUESTS
 from huggingface_hub import HfFileSystem
+from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from data import safety
+from tools import judged
 
 TULU, MADLAD = "allenai/tulu-3-sft-olmo-2-mixture", "allenai/MADLAD-400"
 
@@ -186,8 +193,92 @@ def paper_sets(served, olmo2):
         served / "CohereLabs/Global-MMLU",
         {"ig": {split: f"ig/{split}.parquet" for split in ("dev", "test")}},
     )
+    put_mtb(served)
     shutil.copytree(olmo2, HUB / "models/someone/tiny")
     return served
+
+
+MTB = [  # without a reference, with one, and with a blank one
+    {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], "reference": []},
+    {"question_id": 91, "category": "math", "turns": ["1 + 1?", "+ 1?"], "reference": ["2", "3"]},
+    {"question_id": 92, "category": "math", "turns": ["Why?", "How?"], "reference": [" ", "So."]},
+]
+
+
+def put_mtb(served):
+    put_rows(served / "lighteval/mt-bench", "data/train-00000-of-00001.parquet", MTB)
+
+
+def put_judges():
+    """Serve tiny judges of the kinds of Flow-Judge and WildGuard, which is gated.
+
+    As on the hub, Flow-Judge's config names remote code, and WildGuard has no chat template.
+    """
+    torch.manual_seed(1)
+    sizes = SIZES | {"vocab_size": len(tiny_tokenizer()), "tie_word_embeddings": False}
+    factors = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    flow = Phi3Config(
+        **sizes
+        | {"num_key_value_heads": 4, "rope_scaling": factors}
+        | {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
+    )
+    guard = MistralConfig(
+        **sizes
+        | {"num_key_value_heads": 2, "max_position_embeddings": 32768, "sliding_window": None}
+    )
+    for name, model in (
+        (judged.JUDGES["mtb"], Phi3ForCausalLM(flow)),
+        (judged.JUDGES["t3"], MistralForCausalLM(guard)),
+    ):
+        folder = HUB / "models" / name
+        model.save_pretrained(folder)
+        tokenizer = tiny_tokenizer()
+        if name == judged.JUDGES["t3"]:
+            tokenizer.chat_template = None
+            (folder / ".gated").touch()
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+            (folder / "config.json").write_text(json.dumps(config))
+        tokenizer.save_pretrained(folder)
+
+
+def put_safety(served, clone, monkeypatch):
+    """Serve WildGuardTest, and lay out a clone of safety-eval with two rows in each file."""
+    rows = [
+        {"prompt": f"guard {i}", "prompt_harm_label": prompt, "response_harm_label": response}
+        for i, (prompt, response) in enumerate(
+            [
+                ("harmful", "harmful"),
+                ("unharmful", "unharmful"),
+                ("harmful", None),
+                (None, "harmful"),
+                ("harmful", "unharmful"),
+            ]
+        )
+    ]
+    mix = served / safety.WILDGUARDMIX
+    put_rows(mix, "test/wildguard_test.parquet", rows)
+    configs(mix, {"wildguardtest": {"test": "test/wildguard_test.parquet"}})
+    (mix / ".gated").touch()
+    for part, (name, _, columns) in safety.FILES.items():
+        rows = []
+        for i in range(2):
+            row = {column: f"{part} {column} {i}" for column in columns}
+            rows.append(row | {"type": ["homonyms", "contrast_homonyms"][i]})
+        path = clone / "evaluation/tasks/generation" / part.partition(":")[0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        monkeypatch.setitem(safety.FILES, part, (name, digest, columns))
 
 
 def put_glotlid(words):

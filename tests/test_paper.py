@@ -38,6 +38,7 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
         "ig/mmlu.dev": 5,
         "ig/mmlu.test": 3,
         "en/ae2": 5,
+        "en/mtb": 3,
     }
     drawn = [row["id"] for row in data["ig/flores.devtest"]]
     assert (

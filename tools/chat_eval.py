@@ -4,15 +4,22 @@
     ifeval, gsm8k  by lm-evaluation-harness, with its own prompts, stops and metrics
     ae2            answers to AlpacaEval's instructions, as files that alpaca_eval judges
     codemix        the fraction of these answers that GlotLID does not hold for English (footnote 9)
+    mtb            MT-Bench, judged by Flow-Judge
+    t3             the Tulu 3 safety suite, judged by WildGuard: gated, so HF_TOKEN must be set
 
     python tools/chat_eval.py --model runs/ne/ssu-wanda/model --lang ne --data-dir data/paper \
-        --tasks ifeval,gsm8k,ae2,codemix --out runs/ne/ssu-wanda/chat.json
+        --tasks ifeval,gsm8k,ae2,codemix,mtb,t3 --out runs/ne/ssu-wanda/chat.json
 
-Decoding is that of Table 9, and greedy in `chat`. Every finished item goes to chat.items.jsonl
-beside chat.json. The same command continues from there.
+Decoding is that of Table 9, and greedy in `chat` and `t3`. The model answers everything. Then it is
+freed and the judges of mtb and t3 are loaded, one after the other (tools/judged.py). tools/ae2.py
+has the answers of ae2 judged, by a paid API.
+
+Every finished item goes to chat.items.jsonl beside chat.json. The same command continues from
+there: a model that has nothing left to do is not loaded.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -23,13 +30,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
 from data.identity import git_commit, sha256_of
 from evaluate import GREEDY, SAMPLING, write_atomically
+from tools import judged
+from tools.answers import ask_all, resume
 
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
 LATIN = ("ha", "ig")  # languages in the script of English
@@ -38,7 +46,7 @@ HARNESS = {
     "ifeval": ("leaderboard_ifeval", 0, "prompt_level_strict_acc", "none"),
     "gsm8k": ("gsm8k", 5, "exact_match", "strict-match"),
 }
-TASKS = ("chat", "ifeval", "gsm8k", "ae2", "codemix")
+TASKS = ("chat", "ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3")
 CHAT_SAMPLING = SAMPLING | {"top_p": 0.8}  # Table 9: AE2, IFEval, GSM8K
 NEW_TOKENS = {"ae2": 512, "chat": 128}  # Table 9 for AE2
 CHAT_PROMPTS = (
@@ -74,12 +82,14 @@ def parse_args(argv=None):
     add("--lang", required=True, help="code of the target language, as in data/languages.json")
     add("--data-dir", required=True, help="directory with en/ and the target language")
     add("--out", required=True, help="chat.json to write")
-    add("--tasks", type=tasks, default=list(TASKS[1:]), help=f"some of {','.join(TASKS)}")
+    add("--tasks", type=tasks, default=list(TASKS[1:5]), help=f"some of {','.join(TASKS)}")
     add("--num-questions", type=int, help="largest number of questions per task (default: all)")
     add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
     add("--greedy", action="store_true", help="one deterministic run instead")
     add("--batch-tokens", type=int, default=8192, help="largest number of tokens in a batch")
     add("--language-id", choices=("glotlid", "script"), default="glotlid", help="judge of codemix")
+    add("--mtb-judge", default=judged.JUDGES["mtb"], help="directory or hub id of mtb's judge")
+    add("--t3-judge", default=judged.JUDGES["t3"], help="directory or hub id of t3's judge")
     add("--seed", type=int, default=42, help="seed of the first run")
     add("--dtype", choices=evaluate.DTYPES, help="precision (default: bfloat16 on cuda)")
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
@@ -233,30 +243,13 @@ def chat_scores(text, odds):
     return {"repetition": repetition, "letters": letters, "english_letters": english}
 
 
-def answer_all(loaded, task, rows, run, done, args, sampling, save):
-    """Answer all rows of `ae2` or `chat`, in batches of like length that resuming does not change.
-
-    loaded: model, tokenizer, the ids that end a turn, and whether batches may be used.
-    """
-    model, tokenizer, ends, batched = loaded
-    items, batch_args = [], argparse.Namespace(max_new_tokens=NEW_TOKENS[task], batch_tokens=0)
-    if batched:
-        batch_args.batch_tokens = args.batch_tokens
+def instructions(tokenizer, rows):
+    """Return the prompts of `ae2` or `chat` for ask_all."""
+    asked = {}
     for i, row in enumerate(rows):
         prompt = instruct.encode(tokenizer, instruct.ask(tokenizer, row["instruction"]))
-        items.append(({"task": task, "side": "source", "run": run, "id": i}, prompt, []))
-    batches = evaluate.make_batches(items, batch_args)
-    for number, batch in tqdm(batches, desc=f"{task}, run {run}", unit="batch"):
-        if all((task, run, saved["id"]) in done for saved, _, _ in batch):
-            continue
-        torch.manual_seed((args.seed + run) * 1_000_003 + number)
-        prompts = [prompt for _, prompt, _ in batch]
-        found, _ = evaluate.generate(model, prompts, NEW_TOKENS[task], ends, sampling)
-        for (saved, _, _), ids in zip(batch, found, strict=True):
-            row = rows[saved["id"]]
-            answer = {"instruction": row["instruction"], "dataset": row.get("dataset")}
-            answer["output"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            save({"task": task, "run": run, "id": saved["id"], "stopped": ids[-1] in ends} | answer)
+        asked[i] = prompt, {"instruction": row["instruction"], "dataset": row.get("dataset")}
+    return asked
 
 
 def summarize_chat(answers, odds):
@@ -304,25 +297,6 @@ def summarize(done, args, english, odds):
     return results
 
 
-def read_done(path, header):
-    """Return the finished items of an interrupted run with the same header."""
-    done = {}
-    if not os.path.exists(path):
-        return done
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    if lines[:1] != [json.dumps(header) + "\n"]:
-        print(f"{path} is of other settings, data or model: starting again")
-        return done
-    for line in lines[1:]:
-        try:
-            item = json.loads(line)
-            done[item["task"], item["run"], item["id"]] = item
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{path} is damaged ({error}). Delete it to start again")
-    return done
-
-
 def read_texts(args):
     """Return the instructions of ae2 and the trigram odds of chat, where they are asked for."""
     rows, odds = [], None
@@ -344,13 +318,51 @@ def write_for_judge(path, rows, run, done, generator):
     write_atomically(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
 
 
+def expected(args, rows, texts):
+    """Return the keys of all items that the evaluated model makes."""
+    keys = {("chat", 0, i) for i in range(len(CHAT_PROMPTS)) if "chat" in args.tasks}
+    for run in range(args.runs):
+        keys |= {(task, run, 0) for task in HARNESS if task in args.tasks}
+        keys |= {("ae2", run, i) for i in range(len(rows))}
+    for task, some in texts.items():
+        keys |= {(task, *name) for name in judged.names_of(task, some, args)}
+    return keys
+
+
+def answer_everything(args, folder, config, tokenizer, manager, rows, texts, items):
+    """Pass 1: load the evaluated model, and save all its answers."""
+    done, save = items
+    model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
+    context = evaluate.context_of(config) or 2**40
+    batched = instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
+    loaded = model, tokenizer, ends, batched, context
+    if "chat" in args.tasks:
+        asked = instructions(tokenizer, [{"instruction": prompt} for prompt in CHAT_PROMPTS])
+        ask_all(loaded, "chat", 0, asked, NEW_TOKENS["chat"], GREEDY, args, items)
+    sampling = GREEDY if args.greedy else CHAT_SAMPLING
+    size = max(1, args.batch_tokens // 2048)
+    for number in range(args.runs):
+        for task in HARNESS:
+            if task in args.tasks and (task, number, 0) not in done:
+                seed, limit = args.seed + number, args.num_questions
+                found = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
+                save({"task": task, "run": number, "id": 0, "samples": found})
+        if rows:
+            asked = instructions(tokenizer, rows)
+            ask_all(loaded, "ae2", number, asked, NEW_TOKENS["ae2"], sampling, args, items)
+    for task, some in texts.items():
+        judged.answer_all(loaded, task, some, args, items)
+
+
 def run(args):
-    # Check what is needed before the model is loaded
+    # Check what is needed before any model is loaded
     stem = os.path.splitext(args.out)[0]
     evaluate.check_out(Path(args.out), "ssu-chat")
     evaluate.check_out(Path(f"{stem}.items.jsonl"), "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
+    texts = judged.read(args, fail)
+    judged.check_access(args, fail)
     folder, model_sha256 = instruct.find_model(args.model)
     config, tokenizer = instruct.load_tokenizer(folder)
     english = None
@@ -361,52 +373,49 @@ def run(args):
     context = evaluate.context_of(config) or 2**40
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
+    judges = {task: judged.find_judge(task, args, fail) for task in texts}
+    judged.check_contexts(texts, tokenizer, context, judges, args, fail)
     instruct.choose_device(args)
 
-    # Answer, and save each item
+    # An interrupted run continues only with the same of all this
     names = "tasks num_questions runs greedy batch_tokens language_id seed dtype device lang"
     settings = {name: getattr(args, name) for name in names.split()}
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
     header["data_sha256"] = sha256_of(args.files)
-    done = read_done(f"{stem}.items.jsonl", header)
-    lines = [json.dumps(header), *map(json.dumps, done.values())]
-    write_atomically(f"{stem}.items.jsonl", "\n".join(lines) + "\n")
+    if judges:
+        header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
+    items = resume(f"{stem}.items.jsonl", header, fail)
+    done, _ = items
 
-    def save(item):
-        done[item["task"], item["run"], item["id"]] = item
-        with open(f"{stem}.items.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(item) + "\n")
-
-    model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
-    loaded = (
-        model,
-        tokenizer,
-        ends,
-        instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate),
-    )
-    if "chat" in args.tasks:
-        asked_of_all = [{"instruction": prompt} for prompt in CHAT_PROMPTS]
-        answer_all(loaded, "chat", asked_of_all, 0, done, args, GREEDY, save)
-    sampling = GREEDY if args.greedy else CHAT_SAMPLING
-    size = max(1, args.batch_tokens // 2048)
-    for number in range(args.runs):
-        seed = args.seed + number
-        for task in asked:
-            if (task, number, 0) not in done:
-                limit = args.num_questions
-                found = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
-                save({"task": task, "run": number, "id": 0, "samples": found})
-        if rows:
-            answer_all(loaded, "ae2", rows, number, done, args, sampling, save)
+    # Answer and judge, and save each item
+    if expected(args, rows, texts) - done.keys():
+        answer_everything(args, folder, config, tokenizer, manager, rows, texts, items)
+    if rows:
+        for number in range(args.runs):
             write_for_judge(f"{stem}.ae2-{number}.json", rows, number, done, args.model)
+    for task, judge in judges.items():
+        free_models()
+        judged.judge_all(judge, task, texts[task], args, items, fail)
+
+    results = summarize(done, args, english, odds)
+    for task, (*_, sha256) in judges.items():
+        found = judged.summarize(task, texts[task], args, done)
+        found["judge"] = {"name": getattr(args, f"{task}_judge"), "sha256": sha256}
+        results[task] = {"source": found}
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
     content |= {"settings": settings | {"model_sha256": model_sha256}}
-    content |= {"device": args.device, "git_commit": git_commit()}
-    content |= {"results": summarize(done, args, english, odds)}
+    content |= {"device": args.device, "git_commit": git_commit(), "results": results}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {stem}.items.jsonl")
     print("next: python tools/report.py DIRECTORY")
+
+
+def free_models():
+    """Give the memory of models back that are not referred to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(argv=None):

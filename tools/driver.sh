@@ -70,7 +70,7 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     local task
     for task in "${tasks[@]}"; do
         case $task in
-            chat|ifeval|gsm8k|ae2|codemix) chat_tasks+=,$task ;;
+            chat|ifeval|gsm8k|ae2|codemix|mtb|t3) chat_tasks+=,$task ;;
             *) evaluate_tasks+=,$task ;;
         esac
     done
