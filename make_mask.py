@@ -8,8 +8,9 @@ are not compared with each other. Of equal scores, the lower index is frozen fir
         --out runs/ne/ssu-wanda/mask.safetensors
     python make_mask.py --method hft --model data/embedded/model --out runs/ne/hft/mask.safetensors
 
-HFT (Section 4.4) and S2FT (Section 6) choose at random, and need no scores. LoTA (Section 6) trains
-the weights that moved furthest: --freeze lowest. Masks are made on a CPU. They are uint8, in the
+HFT (Section 4.4) and S2FT (Section 6) choose at random, and need no scores. The paper does not say
+whether S2FT trains embeddings and LM head: s2ft-down-embeddings does, as the authors' code. LoTA
+(Section 6) trains the weights that moved furthest: --freeze lowest. Masks are made on a CPU. They are uint8, in the
 smallest shape that broadcasts onto the parameter: [1, d_in] for columns, [d_out, 1] for rows,
 [d_out, d_in] for elements, [1, 1] or [1] for a whole parameter, [d] for a 1-D parameter.
 """
@@ -36,6 +37,8 @@ from tqdm import tqdm
 from data.identity import digest_of
 from data.models import load_skeleton
 
+METHODS = ("hft", "s2ft-down", "s2ft-down-output", "s2ft-down-embeddings")
+
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
@@ -48,7 +51,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("make_mask.py", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--scores", type=Path, help="scores file of score.py")
-    add("--method", choices=["hft", "s2ft-down", "s2ft-down-output"], help="mask without scores")
+    add("--method", choices=METHODS, help="mask without scores")
     add("--model", help="directory or hub id of the source model, for --method")
     add("--out", type=Path, required=True, help="mask.safetensors to write")
     add("--ratio", type=float, help="fraction to freeze, 0 to 1 (default: 0.5; S2FT: 0.985)")
@@ -255,6 +258,9 @@ def main(argv=None):
         else:
             kinds = ["down_proj", "o_proj"] if args.method.endswith("output") else ["down_proj"]
             masks = s2ft_masks(model, args.ratio, args.seed, kinds)
+            if args.method == "s2ft-down-embeddings":  # as in the authors' code
+                for name in embeddings_and_head(model):
+                    del masks[name]
 
     # For any mask, as the authors' code does: the rows of the chat template's tokens
     if args.freeze_chat_tokens:

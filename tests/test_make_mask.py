@@ -222,6 +222,18 @@ def test_s2ft_trains_exactly_the_expected_columns(method, ratio, channels, heads
     assert len(chosen) > 5
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+def test_s2ft_of_the_authors_leaves_embeddings_and_head_to_be_trained(kind, request, tmp_path):
+    model = request.getfixturevalue(kind)  # llama's are tied
+    s2ft = ["--model", model, "--ratio", "0.9", "--method"]
+    ours = masks_of(tmp_path / "ours", *s2ft, "s2ft-down")
+    theirs = masks_of(tmp_path / "theirs", *s2ft, "s2ft-down-embeddings")
+    whole = {"model.embed_tokens.weight", "lm_head.weight"} & ours.keys()
+    assert whole and theirs.keys() == ours.keys() - whole
+    assert all(torch.equal(mask, ours[name]) for name, mask in theirs.items())
+    assert metadata_of(tmp_path / "theirs")["method"] == "s2ft-down-embeddings"
+
+
 def test_chat_tokens_are_frozen_for_any_mask(olmo2, llama, tmp_path):
     said = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     expected = set(AutoTokenizer.from_pretrained(olmo2)(said)["input_ids"])

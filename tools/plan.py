@@ -47,10 +47,11 @@ ALLOWANCE = 1.5e9
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 # Methods of run_all.sh: those without a ratio, then the others.
-SINGLE = ["fft", "adalora", "lota-90", "lota-50", "s2ft-down", "s2ft-down-output"]
+S2FT = ["s2ft-down", "s2ft-down-output", "s2ft-down-embeddings"]
+SINGLE = ["fft", "adalora", "lota-90", "lota-50", *S2FT]
 STATIC = ["ssu-wanda", "ssu-mag", "ssu-rand", "ssu-sparsegpt", "ssu-fim", "hft"]
 METHODS = [*SINGLE, *STATIC, "ssu-wanda-row", "ssu-wanda-element", "gmt", "lota"]
-COMPACT = [*STATIC, "s2ft-down", "s2ft-down-output"]  # the methods that freeze whole columns
+COMPACT = [*STATIC, *S2FT]  # the methods that freeze whole columns
 TASKS = ["mt", "sum", "mrc", "mmlu", "ifeval", "gsm8k", "ae2", "codemix"]
 EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
 EMBEDDED_MODEL = "data/embedded/model"
