@@ -61,13 +61,13 @@ def quick(tmp_path):
     quick_python.stop(server)
 
 
-def two_ranks(python, *argv):
+def two_ranks(python, *argv, script="train.py"):
     """Start what torchrun would start, without its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [python, str(ROOT / "train.py"), *map(str, argv)]
+    command = [python, str(ROOT / script), *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = []
     for rank in ("0", "1"):
@@ -151,7 +151,8 @@ def test_resume_with_any_number_of_ranks(first, second, more, olmo2, chats, text
     process.wait()
     time.sleep(1)  # the ranks are children of torchrun: they end when it is gone
     finished(torchrun(second, *arguments(olmo2, text, out, *more, "--resume")))
-    finished(torchrun(first, *arguments(olmo2, text, tmp_path / "whole", *more)))
+    said, _ = finished(torchrun(first, *arguments(olmo2, text, tmp_path / "whole", *more)))
+    assert said.count(": checkpoint saved in ") == 200 // 3
     killed, whole = weights(out), weights(tmp_path / "whole")
     frozen_weights_are_those_of(olmo2, killed, mask)
     if first == second:
@@ -189,3 +190,107 @@ def test_what_several_ranks_cannot_do_is_refused(olmo2, text, tmp_path):
         (line,) = [line for line in err.splitlines() if "train.py: error" in line]
         assert message in line
     assert not (tmp_path / "out").exists()
+
+
+# ---- What one rank alone meets -------------------------------------------------------------------
+
+OTHER_MACHINE = """
+import os, sys
+os.environ["LOCAL_RANK"] = "0"
+sys.path.insert(0, sys.argv[1])
+import train
+
+argv = sys.argv[4:]
+if os.environ["RANK"] == "1":
+    argv += sys.argv[2:4]
+train.main(argv)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag,value,message",
+    [
+        ("--data", "other", "rank 1: data is"),
+        ("--model", "llama", "rank 1: --model {llama}: not the files that rank 0 has"),
+        ("--mask", "nowhere", "rank 1: --mask nowhere: cannot be read"),
+        ("--lr", "0.5", "rank 1: lr is 0.5, but 0.01 on rank 0"),
+        ("--save-every", "7", "rank 1: save_every is 7, but 0 on rank 0"),
+    ],
+)
+def test_a_machine_with_other_files_or_options_is_said(
+    flag, value, message, olmo2, llama, text, tmp_path, quick
+):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(text.read_text(encoding="utf-8").splitlines(True)[:50]))
+    value = {"other": other, "llama": llama}.get(value, value)
+    script = tmp_path / "train.py"
+    script.write_text(OTHER_MACHINE)
+    argv = arguments(olmo2, text, tmp_path / "out", *RUN, "--timeout", "0.1")
+    ranks = two_ranks(quick, ROOT, flag, value, *argv, script=script)
+    for process in ranks:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode > 0
+    assert f"train.py: error: {message.format(llama=llama)}" in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    assert not (tmp_path / "out/model").exists()
+
+
+NOT_FINITE = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from torch.distributed.fsdp import fully_shard
+from variants import distributed, files
+
+distributed.join("cpu", 1)
+distributed.quiet()
+model = torch.nn.Linear(4, 4)
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters())
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+files.save_checkpoint(Path(sys.argv[2]), 1, model, optimizer, scaler, {})
+if distributed.RANK == 1:
+    torch.nn.init.constant_(model.weight.to_local(), float("inf"))
+files.save_checkpoint(Path(sys.argv[2]), 2, model, optimizer, scaler, {})
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_infinity_on_one_rank_is_refused_by_all(tmp_path, quick):
+    script = tmp_path / "train.py"
+    script.write_text(NOT_FINITE)
+    zero, one = two_ranks(quick, ROOT, tmp_path / "out", script=script)
+    out, err = zero.communicate(timeout=60)
+    one.communicate(timeout=60)
+    assert (zero.returncode, one.returncode) == (2, 2)
+    assert "step 1: checkpoint saved in" in out and "step 2: weights are not finite" in err
+    assert files.newest_checkpoint(tmp_path / "out").name == "step-1"
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(olmo2, text, tmp_path, quick):
+    """Killed between the name of the model and the removal of the checkpoint."""
+    more = [*RUN, "--save-every", "5"]
+    train.main(arguments(olmo2, text, tmp_path / "out", *more))
+    (tmp_path / "out/checkpoint/step-5").mkdir(parents=True)
+    (tmp_path / "out/checkpoint/step-5/checkpoint.json").write_text("{}")
+    ranks = two_ranks(quick, *arguments(olmo2, text, tmp_path / "out", *more, "--resume"))
+    (out, _), _ = (finished(process) for process in ranks)
+    assert "finished before: " in out and not (tmp_path / "out/checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_beside_those_of_torchrun(olmo2, text, tmp_path):
+    more = [*RUN, "--steps", "100000", "--save-every", "5"]
+    process = torchrun(2, *arguments(olmo2, text, tmp_path / "out", *more))
+    while not files.newest_checkpoint(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # which torchrun hands on
+    _, err = finished(process, code=1)
+    assert err.count("train.py: interrupted") == 1
+    assert err.count("Traceback") == 1 and "SignalException" in err  # torchrun's own

@@ -30,6 +30,7 @@ RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"
+STDERR = sys.stderr
 MOST = 0.8  # of the memory
 NOTHING = torch.empty(0)
 
@@ -44,7 +45,7 @@ def say(message):
     stderr = sys.stderr
     if RANK > 0:
         time.sleep(3)
-        line, stderr = f"rank {RANK}: {line}", sys.__stderr__
+        line, stderr = f"rank {RANK}: {line}", STDERR
     tqdm.write(f"{SCRIPT}: error: {line}", file=stderr)
 
 
@@ -94,7 +95,7 @@ def show(kind, error, trace):
         what = "another rank has ended, or was silent for longer than --timeout"
         say(f"{what}. Look for its own error, and start again ({error})")
     else:
-        print_exception(error, file=sys.__stderr__)
+        print_exception(error, file=STDERR)
 
 
 def barrier():
