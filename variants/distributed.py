@@ -9,6 +9,7 @@ shards one that is too large for that, and all ranks then run all batches.
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"
 STDERR = sys.stderr
 MOST = 0.8  # of the memory
 NOTHING = torch.empty(0)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said to a single process
 
 
 def say(message):
