@@ -209,38 +209,50 @@ def put_mtb(served):
     put_rows(served / "lighteval/mt-bench", "data/train-00000-of-00001.parquet", MTB)
 
 
-def put_judges():
+VERDICTS = {
+    "mtb": "<score>\n4\n</score>",
+    "t3": "Harmful request: yes\nResponse refusal: no\nHarmful response: no",
+}
+
+
+def put_judges(**verdicts):
     """Serve tiny judges of the kinds of Flow-Judge and WildGuard, which is gated.
 
-    As on the hub, Flow-Judge's config names remote code, and WildGuard has no chat template.
+    As on the hub, Flow-Judge's config names remote code, and WildGuard has no chat template. Each
+    writes its verdict and nothing else: a token of its own after the line break that ends a prompt.
     """
-    torch.manual_seed(1)
-    sizes = SIZES | {"vocab_size": len(tiny_tokenizer()), "tie_word_embeddings": False}
-    factors = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
-    flow = Phi3Config(
-        **sizes
-        | {"num_key_value_heads": 4, "rope_scaling": factors}
-        | {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
-    )
-    guard = MistralConfig(
-        **sizes
-        | {"num_key_value_heads": 2, "max_position_embeddings": 32768, "sliding_window": None}
-    )
-    for name, model in (
-        (judged.JUDGES["mtb"], Phi3ForCausalLM(flow)),
-        (judged.JUDGES["t3"], MistralForCausalLM(guard)),
-    ):
+    verdicts = VERDICTS | verdicts
+    longrope = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    contexts = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
+    for task, name in judged.JUDGES.items():
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens([verdicts[task]])
+        sizes = SIZES | {"vocab_size": len(tokenizer), "tie_word_embeddings": False}
+        torch.manual_seed(1)
+        if task == "mtb":
+            more = contexts | {"num_key_value_heads": 4, "rope_scaling": longrope}
+            model = Phi3ForCausalLM(Phi3Config(**sizes | more))
+        else:
+            more = {"num_key_value_heads": 2, "max_position_embeddings": 32768}
+            model = MistralForCausalLM(MistralConfig(**sizes | more | {"sliding_window": None}))
+            tokenizer.chat_template = None
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            model.lm_head.weight.zero_()
+            chain = [tokenizer.encode("\n")[-1], len(tokenizer) - 1, tokenizer.eos_token_id]
+            for token, after in zip(chain, chain[1:], strict=False):
+                model.lm_head.weight[after] = 1e4 * model.model.embed_tokens.weight[token]
         folder = HUB / "models" / name
         model.save_pretrained(folder)
-        tokenizer = tiny_tokenizer()
-        if name == judged.JUDGES["t3"]:
-            tokenizer.chat_template = None
-            (folder / ".gated").touch()
-        else:
+        tokenizer.save_pretrained(folder)
+        if task == "mtb":
             config = json.loads((folder / "config.json").read_text())
             config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
             (folder / "config.json").write_text(json.dumps(config))
-        tokenizer.save_pretrained(folder)
+        else:
+            (folder / ".gated").touch()
 
 
 def put_safety(served, clone, monkeypatch):

@@ -7,9 +7,10 @@ import pandas
 import pytest
 from conftest import TEXT
 from hub import COMMIT, REQUESTS
+from paper_hub import put_safety
 from transformers import AutoTokenizer
 
-from data import prepare_paper
+from data import prepare_paper, safety
 
 
 def read_all(folder):
@@ -84,6 +85,53 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
         "ibo_Latn": "ibo_Latn dev 7",
     }
     assert [row["id"] for row in data["ig/flores.devtest"]] == drawn
+
+
+def test_the_safety_suite_is_written_whole_or_not_at_all(paper_sets, tmp_path, monkeypatch, capsys):
+    argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
+    prepare_paper.main(argv)
+    clone = tmp_path / "clone"
+    put_safety(paper_sets, clone, monkeypatch)
+    argv += ["--safety-eval", str(clone)]
+
+    def refused():
+        capsys.readouterr()
+        REQUESTS.clear()
+        with pytest.raises(SystemExit) as stopped:
+            prepare_paper.main(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and not (tmp_path / "data/en/t3.jsonl").exists()
+        assert not any("/resolve/" in path for _, path, _ in REQUESTS)
+        return line
+
+    assert "did not give allenai/wildguardmix" in refused()
+    monkeypatch.setenv("HF_TOKEN", "let-me-in")
+    file = clone / "evaluation/tasks/generation/wildjailbreak/benign.jsonl"
+    text = file.read_text()
+    file.write_text(text + "\n")
+    assert "benign.jsonl is not the file this was written for" in refused()
+    file.unlink()
+    assert "must be a clone of" in (line := refused()) and "benign.jsonl is missing" in line
+    file.write_text(text)
+    prepare_paper.main(argv)
+    rows = read_all(tmp_path / "data")["en/t3"]
+    found = {}
+    for row in rows:
+        found.setdefault(row["task"], []).append((row["prompt"], row["judged"], row["want"]))
+    assert list(found) == list(safety.WANTED) and len({row["id"] for row in rows}) == 14
+    assert found["wildguardtest"] == [(f"guard {i}", f"guard {i}", "harmless") for i in (0, 4)]
+    assert found["harmbench"][1] == ("harmbench Behavior 1", "harmbench Behavior 1", "harmless")
+    part = "do_anything_now"
+    assert found[part][0] == (f"{part} adversarial 0", f"{part} vanilla 0", "resisted")
+    part = "wildjailbreak:benign"
+    assert found[part][0] == (f"{part} adversarial 0", f"{part} adversarial 0", "complied")
+    assert [want for _, _, want in found["xstest"]] == ["complied", "refused"]
+
+    # What is there is not made again, and needs neither the clone nor the hub.
+    shutil.rmtree(clone)
+    REQUESTS.clear()
+    prepare_paper.main(argv)
+    assert not REQUESTS
 
 
 def test_of_xlsum_the_500_shortest_with_a_text_and_a_summary(olmo2):

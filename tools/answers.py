@@ -53,17 +53,29 @@ def resume(path, header, fail):
 def ask_all(loaded, task, run, asked, new_tokens, sampling, args, items, first=0):
     """Answer all prompts that are not answered yet.
 
+    An answer ends where the model's context does: without room for one it is empty.
+
     loaded: model, tokenizer, the ids that end an answer, whether batches may be used, and the
-    model's context, beyond which no answer goes. asked: {id: (ids of the prompt, what is saved
-    with the answer)}. items: what `resume` returned. first: the number of the first batch, which
-    seeds it.
+    model's context. asked: {id: (ids of the prompt, what is saved with the answer)}. items: what
+    `resume` returned. first: the number of the first batch, which seeds it.
     """
     model, tokenizer, ends, batched, context = loaded
     done, save = items
+
+    def keep(name, ids, room):
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        stopped = bool(ids) and ids[-1] in ends
+        answer = {"task": task, "run": run, "id": name, "stopped": stopped}
+        if room < new_tokens:
+            answer["room"] = room
+        save(answer | asked[name][1] | {"output": text})
+
     todo = []
-    for name, (prompt, more) in asked.items():
-        item = {"task": task, "side": "source", "run": run, "id": name, "more": more}
-        todo.append((item, prompt, []))
+    for name, (prompt, _) in asked.items():
+        if len(prompt) < context:
+            todo.append(({"task": task, "side": "source", "run": run, "id": name}, prompt, []))
+        else:
+            keep(name, [], 0)
     limits = argparse.Namespace(max_new_tokens=new_tokens, batch_tokens=0)
     if batched:
         limits.batch_tokens = args.batch_tokens
@@ -75,11 +87,5 @@ def ask_all(loaded, task, run, asked, new_tokens, sampling, args, items, first=0
         prompts = [prompt for _, prompt, _ in batch]
         found, _ = evaluate.generate(model, prompts, new_tokens, ends, sampling)
         for (item, prompt, _), ids in zip(batch, found, strict=True):
-            room = max(0, context - len(prompt))
-            ids = ids[:room]
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            stopped = bool(ids) and ids[-1] in ends
-            answer = {"task": task, "run": run, "id": item["id"], "stopped": stopped}
-            if room < new_tokens:
-                answer["room"] = room
-            save(answer | item["more"] | {"output": text})
+            room = context - len(prompt)
+            keep(item["id"], ids[:room], room)

@@ -374,7 +374,8 @@ def run(args):
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
     judges = {task: judged.find_judge(task, args, fail) for task in texts}
-    judged.check_contexts(texts, tokenizer, context, judges, args, fail)
+    for task, judge in judges.items():
+        judged.check_contexts(task, texts[task], tokenizer, context, judge, args, fail)
     instruct.choose_device(args)
 
     # An interrupted run continues only with the same of all this
