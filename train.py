@@ -49,7 +49,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from data.blocks import batch_indices, load_sequences
 from data.identity import git_commit
-from variants import adalora, adamw8bit, compact, distributed, files, fused_adam, gmt
+from variants import adalora, adamw8bit, compact, distributed, files, fused_adam, gmt, model_card
 from variants.distributed import RANK, WORLD, fail
 
 PRECISIONS = ("bf16", "bf16-true", "fp16", "fp32")
@@ -294,6 +294,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     files.save_model(skeleton, source, dtype, directory, args.out / "model.tmp")
     summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
     summary |= {"peak_memory": files.peak_memory(args.device), "commit": git_commit()}
+    model_card.write(args, skeleton.config, directory, summary)
     files.append_line(args.out / "train.jsonl", {"summary": summary})
     files.finish(args.out)
     print(f"model: {final}; log: {args.out}/train.jsonl")

@@ -1,6 +1,7 @@
 """tools/report.py: tables over seeds, mask overlap, pictures, and what cannot be compared."""
 
 import json
+import statistics
 import sys
 
 import pytest
@@ -12,12 +13,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 import report
 
 from data.identity import digest_of
+from tools import pictures, statements
+from tools.methods import METHODS, method_and_ratio
+from tools.tables import PAPER, TABLE_2
+
+LANGS = ("ne", "ky", "am", "ha", "ig")
 
 
 @pytest.fixture
 def tables_only(monkeypatch):
     """As without matplotlib: pictures take a second each."""
-    monkeypatch.setattr(report, "Figure", None)
+    monkeypatch.setattr(pictures, "Figure", None)
 
 
 def evaluation(folder, method, chat, target, mt, seed=42, **settings):
@@ -65,16 +71,18 @@ def curves(figure):
     """Return, for each panel of a figure, {label: [[x, y], ...]}."""
     panels = []
     for axes in figure.axes:
-        panels.append({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
+        lines = [bars for bars in axes.containers if bars.get_label()]
+        panels.append({bars.get_label(): bars[0].get_xydata().tolist() for bars in lines})
     return panels
 
 
-def bars(figure):
-    """Return, for each panel of a figure, {name: length of its bar}."""
+def rows(figure):
+    """Return, for each panel of a figure, {name: value of its row}."""
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     panels = []
     for axes in figure.axes:
-        names = [label.get_text() for label in axes.get_yticklabels()]
-        panels.append(dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True)))
+        values = [bars[0].get_xydata()[0][0] for bars in axes.containers]
+        panels.append(dict(zip(names, values, strict=True)))
     return panels
 
 
@@ -104,7 +112,7 @@ def test_tables_of_one_run(tmp_path, capsys):
     head = ["chat bpb ↓", "MT X→en chrF++ ↑", "stop rate ↑", "repetition ↓", "English share ↑"]
     assert english[0] == ["English", *head]
     assert [row[0] for row in english[2:]] == [row[0] for row in nepali[2:]] == names
-    assert english[2][1:3] == ["1.000 (+0.0%)", "20.00 (+0.0%)"]
+    assert english[2][1:3] == ["1.000", "20.00"]
     assert english[3][1:3] == ["2.000 (+100.0%)", "10.00 (-50.0%)"]
     assert english[4][1:] == ["1.100 (+10.0%)", "19.00 (-5.0%)", "1.00", "0.00", "0.50"]
     assert nepali[4][1:] == ["1.000 (-50.0%)", "38.00 (-5.0%)"]
@@ -133,7 +141,7 @@ def test_chat_results_of_the_same_model_are_merged(tmp_path, capsys):
     chat_evaluation(tmp_path, "source", 0.5, "source")
     chat_evaluation(tmp_path, "fft", 0.25, "fft")
     report.main([str(tmp_path)])
-    assert tables(tmp_path)[0][3][-1] == "0.250 (-50.0%)"
+    assert tables(tmp_path)[0][3][4] == "0.250 (-50.0%)"
     chat_evaluation(tmp_path, "fft", 0.25, "another")
     assert "fft/chat.json is of another model" in fails(capsys, tmp_path)
 
@@ -165,15 +173,15 @@ def test_masks_are_compared_in_the_report(tmp_path):
     for method in ("source", "fft", "ssu-wanda", "hft"):
         evaluation(tmp_path, method, 1.0, 2.0, 20.0)
     write_mask(tmp_path, "ssu-wanda", {"a.weight": half})
-    assert len(report.overlap_table(report.read_masks(tmp_path, ["fft", "ssu-wanda"]))) == 2
+    assert list(report.read_masks(tmp_path, ["fft", "ssu-wanda"])) == ["ssu-wanda"]
     write_mask(tmp_path, "hft", {"a.weight": quarter})
     report.main([str(tmp_path)])
-    rows = tables(tmp_path)[2]
-    assert rows[0][1:] == ["HFT", "SSU-Wanda"]
-    assert rows[2:] == [["HFT", "1.00", "0.50"], ["SSU-Wanda", "0.50", "1.00"]]
+    overlaps = tables(tmp_path)[2]
+    assert overlaps[0][1:] == ["HFT", "SSU-Wanda"]
+    assert overlaps[2:] == [["HFT", "1.00", "0.50"], ["SSU-Wanda", "0.50", "1.00"]]
     assert "![overlap](overlap.png)" in (tmp_path / "report.md").read_text()
-    (axes,) = report.draw_overlap([["Jaccard index", "A", "B"], ["A", "1.00", "-"]]).axes
-    assert [text.get_text() for text in axes.texts] == ["1.00", "-"]
+    (axes,) = pictures.draw_overlap(["A", "B"], [[1, None], [None, 1]]).axes
+    assert [text.get_text() for text in axes.texts] == ["1.00", "-", "-", "1.00"]
 
 
 @pytest.mark.usefixtures("tables_only")
@@ -195,7 +203,7 @@ def test_masks_that_are_damaged_or_of_another_model(tmp_path, capsys):
 
 
 def test_pictures_exist_where_there_is_data(tmp_path):
-    for method in ("source", "fft", "hft", "hft@0.25"):
+    for method in ("source", "fft", "hft", "hft@0.25", "hft@0.75"):
         evaluation(tmp_path, method, 1.0, 2.0, 20.0)
     (tmp_path / "fft/train.jsonl").write_text('{"step": 0, "source_loss": 1}\n')
     report.main([str(tmp_path)])
@@ -206,20 +214,20 @@ def test_pictures_exist_where_there_is_data(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def measured(folder):
-    evals = report.read_runs([folder], None)
-    return report.measure(evals), list(evals), "Nepali"
+def drawn(folder):
+    """Return the pictures of a run directory, {name: figure}."""
+    return report.draw(report.read_runs([folder], None), folder, [], [])
 
 
-def test_kept_shows_the_change_of_bits_per_byte(tmp_path):
+def test_kept_shows_the_improvement_of_bits_per_byte(tmp_path):
     for method, *numbers in (
         ("source", 1, 2, 20),
         ("fft", 1.5, 1.0, 9),
         ("ssu-wanda", 1.1, 1.5, 9),
     ):
         evaluation(tmp_path, method, *numbers)
-    english, nepali = bars(report.draw_kept(*measured(tmp_path)))
-    assert english == pytest.approx({"FFT": 50, "SSU-Wanda": 10})
+    english, nepali = rows(drawn(tmp_path)["kept"])
+    assert english == pytest.approx({"FFT": -50, "SSU-Wanda": -10})
     assert nepali == pytest.approx({"FFT": 50, "SSU-Wanda": 25})
 
 
@@ -227,25 +235,29 @@ def test_kept_shows_the_mean_of_the_tasks_without_bits_per_byte(tmp_path):
     for method, mt, mrc in (("source", 20.0, 0.5), ("hft@0.25", 30.0, 0.4), ("hft", 10.0, 0.25)):
         content = evaluation(tmp_path, method, 1.0, 1.0, mt)
         content["results"].pop("bpb")
-        content["results"]["mrc"] = {"source": {"accuracy": mrc, "n": 9}}
+        content["results"]["mrc"] = {
+            side: {"accuracy": mrc, "n": 9} for side in ("source", "target")
+        }
         (tmp_path / method / "eval.json").write_text(json.dumps(content))
-    figure = report.draw_kept(*measured(tmp_path))
-    english, nepali = bars(figure)
-    assert english == pytest.approx({"HFT": 50, "HFT 0.25": -15})
-    assert nepali == pytest.approx({"HFT": -50, "HFT 0.25": 50})
-    assert "MT X→en chrF++, MRC accuracy" in figure.axes[0].get_xlabel()
+    figure = drawn(tmp_path)["kept"]
+    english, nepali = rows(figure)
+    assert english == pytest.approx({"HFT": -50, "HFT 0.25": -20})  # without MT
+    assert nepali == pytest.approx({"HFT": -50, "HFT 0.25": 15})
+    assert "mean of 2 tasks" in figure.axes[1].get_xlabel()
 
 
-def test_ratio_has_a_line_for_each_method_with_several_ratios(tmp_path):
+def test_ratio_has_a_line_for_each_method_with_three_ratios(tmp_path):
     runs = ["source", "fft", "hft", "lota", "lota-90", "lota@0.125", "ssu-wanda@0.25", "ssu-wanda"]
     for number, method in enumerate(runs):
         evaluation(tmp_path, method, 1.0 + number / 8, 2.0 - number / 8, 20.0)
-    english, nepali = curves(report.draw_ratio(*measured(tmp_path)))
-    assert english["SSU-Wanda"] == [[0.25, -75.0], [0.5, -87.5]]
+    figures = drawn(tmp_path)
+    english, nepali = curves(figures["ratio"])
     assert english["LoTA"] == [[0.125, -62.5], [0.5, -37.5], [0.9, -50.0]]
-    assert nepali["SSU-Wanda"] == [[0.25, 37.5], [0.5, 43.75]]
-    assert english.keys() == nepali.keys() == {"SSU-Wanda", "LoTA"}
-    assert report.method_and_ratio("mine@seed43") == ("mine@seed43", 0.5)
+    assert english["FFT"] == [[0, -12.5]]  # every method at ratio 0
+    assert english.keys() == nepali.keys() == {"FFT", "LoTA"}
+    names = [label.get_text() for label in figures["kept"].axes[0].get_yticklabels()]
+    assert names == ["FFT", "HFT", "SSU-Wanda", "SSU-Wanda 0.25", "LoTA", "LoTA (90%)"]
+    assert method_and_ratio("mine@seed43") == ("mine@seed43", 0.5)
 
 
 def test_forgetting_shows_both_losses_over_tokens(tmp_path, capsys):
@@ -256,11 +268,34 @@ def test_forgetting_shows_both_losses_over_tokens(tmp_path, capsys):
     evaluation(tmp_path, "fft", 1.0, 2.0, 20.0)
     path = tmp_path / "fft/train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    english, nepali = curves(report.draw_forgetting(tmp_path, ["source", "fft"], "Nepali"))
+    english, nepali = curves(drawn(tmp_path)["forgetting"])
     assert english == {"FFT": [[0, 3], [128, 3.5]]} and nepali == {"FFT": [[0, 4], [128, 2]]}
     for damage in ('{"step": ', "[]\n1\n"):
         path.write_text(damage)
         assert "fft/train.jsonl cannot be read" in fails(capsys, tmp_path)
+
+
+@pytest.mark.slow
+def test_labels_do_not_touch_one_another_and_are_not_cut(tmp_path):
+    looks = {(color, marker) for _, color, marker in METHODS.values()}
+    assert len(looks) == len({marker for _, marker in looks}) == len(METHODS)
+    for seed, change in ((42, 1.4), (43, 1.2)):
+        run = tmp_path / str(seed)
+        evaluation(run, "source", 1.0, 2.0, 20.0, seed=seed)
+        for number, method in enumerate(METHODS):
+            if method != "source":
+                evaluation(run, method, change - number / 30, 1 + number / 30, 20.0, seed=seed)
+    folders = [tmp_path / "42", tmp_path / "43"]
+    figure = report.draw(report.read_runs(folders, None), folders[0], [], [])["kept"]
+    figure.draw_without_rendering()
+    whole = figure.get_window_extent()
+    for axes in figure.axes:
+        texts = [text for text in (*axes.texts, *axes.get_yticklabels()) if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert len(boxes) >= len(METHODS) - 1
+        for number, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+            assert not any(box.overlaps(other) for other in boxes[:number])
 
 
 @pytest.mark.usefixtures("tables_only")
@@ -269,6 +304,148 @@ def test_without_matplotlib(tmp_path, capsys):
     report.main([str(tmp_path)])
     assert "pip install matplotlib" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.md"]
+
+
+# The paper's numbers beside ours
+
+
+def whole_table_2(folder, method, model, numbers, judge="a judge", seed=42):
+    """Write an eval.json and a chat.json with all columns of Table 2."""
+    results = {"ifeval": {}, "ae2": {}, "mtb": {}, "gsm8k": {}, "t3": {}}
+    for column, number in zip(TABLE_2, numbers, strict=True):
+        task, side, metric = column.split("/")
+        results.setdefault(task, {})[side] = {metric: number, "n": 7}
+    results["mtb"]["source"] |= {"judge": {"name": judge}, "unparsed": 0.02}
+    shared = {"version": 1, "model": model, "lang": "ne"}
+    settings = {"seed": seed, "model_sha256": method}
+    chat = {task: results.pop(task) for task in ("ifeval", "ae2", "mtb", "gsm8k", "t3")}
+    (folder / method).mkdir(parents=True, exist_ok=True)
+    for name, form, found in (("eval", "ssu-eval", results), ("chat", "ssu-chat", chat)):
+        content = shared | {"format": form, "settings": dict(settings), "results": found}
+        (folder / method / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("tables_only")
+def test_table_2_has_thirteen_columns_and_the_papers_numbers_below_ours(tmp_path, capsys):
+    base = [0.5, 30, 4, 0.8, 0.8, 30, 20, 0.9, 0.6, 20, 20, 0.3, 0.3]
+    ours = [0.4, 15, 3, 0.6, None, 45, 20, 0.9, 0.6, 30, 20, 0.3, 0.3]
+    whole_table_2(tmp_path, "source", "allenai/OLMo-2-1124-7B-Instruct", base)
+    whole_table_2(tmp_path, "ssu-wanda", "runs/ssu-wanda/model", ours)
+    whole_table_2(tmp_path, "mine", "runs/mine/model", ours)
+    report.main([str(tmp_path)])
+    (table,) = tables(tmp_path)  # nothing is left for a second one
+    heads = "IFEval AE2 MTB GSM8K T3 MT_ne→en SUM_en MRC_en MMLU_en MT_en→ne SUM_ne MRC_ne MMLU_ne"
+    assert table[0][1:] == [f"{head.replace('_', ' ')} ↑" for head in heads.split()]
+    names = ["Source", "Source in the paper", "SSU-Wanda", "SSU-Wanda in the paper", "mine"]
+    assert [row[0] for row in table[2:]] == names
+    assert table[2][1:6] == ["0.500", "30.0", "4.00", "0.800", "0.800"]
+    cells = ["0.400 (-20.0%)", "15.0 (-50.0%)", "3.00 (-25.0%)", "0.600 (-25.0%)", "-"]
+    assert table[4][1:6] == cells and table[4][6] == "45.00 (+50.0%)"
+    paper = ["0.655 (-3.0%)", "28.1 (-13.8%)", "4.02 (+1.0%)", "0.746 (-6.3%)", "0.842 (-1.1%)"]
+    assert table[5][1:6] == paper  # Tables 10 and 11, Nepali
+    assert "MTB by a judge, of which at most 2.0%" in (tmp_path / "report.md").read_text()
+    whole_table_2(tmp_path, "mine", "runs/mine/model", ours, judge="another judge")
+    assert "judge of mtb is {'name': 'another judge'}" in fails(capsys, tmp_path)
+
+
+@pytest.mark.usefixtures("tables_only")
+def test_a_published_checkpoint_stands_above_its_row_of_the_paper(tmp_path):
+    numbers = [0.5, 30, 4, 0.8, 0.8, 30, 20, 0.9, 0.6, 20, 20, 0.3, 0.3]
+    whole_table_2(tmp_path, "source", "ssu-project/OLMo-2-1124-13B-Instruct-ne-random", numbers)
+    report.main([str(tmp_path)])
+    (table,) = tables(tmp_path)
+    names = ["Source in the paper", "SSU-Rand (published)", "SSU-Rand in the paper"]
+    assert [row[0] for row in table[2:]] == names
+    assert table[2][1] == "0.763" and table[3][1] == "0.500" and table[4][1] == "0.672 (-11.9%)"
+
+
+def test_the_papers_numbers_give_its_own_averages():
+    table_2 = {  # SSU-Wanda and full fine-tuning of Table 2: IFEval, T3, MMLU, target MT and MMLU
+        "OLMo-2-1124-7B-Instruct": {
+            "fft": [0.456, 0.797, 0.580, 30.7, 0.325],
+            "ssu-wanda": [0.669, 0.850, 0.606, 31.0, 0.333],
+        },
+        "OLMo-2-1124-13B-Instruct": {
+            "fft": [0.448, 0.737, 0.647, 33.6, 0.361],
+            "ssu-wanda": [0.730, 0.805, 0.661, 34.1, 0.359],
+        },
+    }
+    for model, methods in table_2.items():
+        assert all(len(row) == 13 for found in PAPER[model].values() for row in found.values())
+        for method, expected in methods.items():
+            rows = [PAPER[model][lang][method] for lang in LANGS]
+            found = [statistics.fmean(x) for x in zip(*rows, strict=True)]
+            assert [found[i] for i in (0, 4, 8, 9, 12)] == pytest.approx(expected, rel=0.003)
+
+
+# The page of results
+
+
+def test_a_statement_is_decided_by_an_interval_over_seeds():
+    # Student's t of three differences: mean 2, deviation 1, 2 ± 4.303 / sqrt(3)
+    assert statements.interval([1, 2, 3]) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-3)
+    assert statements.verdict([1, 2, 3]) == "not decided"
+    assert statements.verdict([1.9, 2, 2.1]) == "agrees"
+    assert statements.verdict([-1.9, -2, -2.1]) == "disagrees"
+    assert statements.verdict([5]) == "not decided"
+    assert statements.verdict([0.4, 0.5, 0.6], margin=1) == "agrees"
+    assert statements.verdict([1.9, 2, 2.1], margin=1) == "disagrees"
+    assert statements.verdict([0, 1, 2], margin=1) == "not decided"
+
+
+def test_statements_are_paired_by_seed(tmp_path):
+    folders = [tmp_path / str(seed) for seed in (1, 2, 3)]
+    for seed, base in ((1, 1.0), (2, 2.0), (3, 4.0)):
+        run = tmp_path / str(seed)
+        evaluation(run, "source", base, 2.0, 20.0, seed=seed)
+        evaluation(run, "fft", base * 1.30, 1.0, 20.0, seed=seed)
+        if seed > 1:
+            evaluation(run, "ssu-wanda", base * (1 + seed / 100), 1.0, 20.0, seed=seed)
+    found = statements.table(report.read_runs(folders, None), "Nepali")
+    row = [cell.strip() for cell in found[0].splitlines()[2].split("|")[1:-1]]
+    assert row[:3] == ["Table 2", "SSU-Wanda keeps more English than FFT", "-3.4%, -20.3%"]
+    ours = ["-2.5 ± 0.7%, -30.0 ± 0.0%", "+27.5 ± 0.7%", "2", "agrees"]
+    assert row[3:] == ours
+    assert "1 agree, 0 disagree, 1 are not decided" in found[1]
+
+
+def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.page, "ROOT", tmp_path)
+    for seed in (1, 2):
+        run = tmp_path / f"results/embedded-ne/{seed}"
+        evaluation(run, "source", 1.0, 2.0, 20.0, seed=seed)
+        evaluation(run, "fft", 1.2 + seed / 10, 1.0, 20.0, seed=seed)
+    (tmp_path / "more.json").write_text(
+        '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 1.0]]}'
+    )
+    blocks = ["tables results/embedded-ne/* --methods fft", "languages results/*/1"]
+    blocks += ["statements results/embedded-ne/*", "paper OLMo-2-1124-7B-Instruct"]
+    blocks += ["figures more.json", "tables results/none/*"]
+    path = tmp_path / "page.md"
+    text = "# Mine\n\n" + "".join(
+        f"<!-- report: {b} -->\nold\n<!-- end -->\n\nKept.\n" for b in blocks
+    )
+    path.write_text(text)
+    report.main(["--page", str(path)])
+    made = path.read_text()
+    assert made.count("Kept.") == len(blocks) and "old" not in made
+    for part in (
+        "| FFT     | 1.350 ± 0.071 (+35.0%)",
+        "n = 2, seeds 1, 2;",
+        "| Nepali | 1.000 ",
+        "| -32.4% ",
+        "| a | 1.0000 |",
+        "Not measured: there is no evaluation in results/none/*.",
+    ):
+        assert part in made
+    report.main(["--page", str(path)])
+    assert path.read_text() == made
+    path.write_text("<!-- report: tables -->\n<!-- end -->\n")
+    assert "names no table" in fails(capsys, "--page", path)
+    path.write_text("<!-- report: tables x -->\n")
+    assert "needs comments" in fails(capsys, "--page", path)
+    path.write_text("<!-- report: tabels results/embedded-ne/1 -->\n<!-- end -->\n")
+    assert "names no table" in fails(capsys, "--page", path)
 
 
 # What is refused
@@ -294,7 +471,8 @@ def test_what_cannot_be_compared(tmp_path, capsys):
 
 
 def test_only_its_own_files_are_overwritten(tmp_path, capsys):
-    evaluation(tmp_path, "source", 1.0, 2.0, 20.0)
+    for method in ("source", "fft"):
+        evaluation(tmp_path, method, 1.0, 2.0, 20.0)
     for name in ("kept.png", "report.md"):
         (tmp_path / name).write_text("mine")
         assert f"{name} exists" in fails(capsys, tmp_path)

@@ -2,15 +2,18 @@
 
     python tools/report.py runs/ne                       # report.md and pictures in runs/ne
     python tools/report.py runs/ne runs-43/ne --out DIR  # mean and standard deviation over seeds
+    python tools/report.py --page docs/RESULTS.md        # remake the tables in a page
 
 A run directory holds a directory for each method and one named source, each with the eval.json of
 evaluate.py and, where it was made, the chat.json of tools/chat_eval.py. The tables are laid out as
-the paper's Tables 2 to 6. Pictures need matplotlib, and are drawn where there is data for them:
-    kept.png        what each method lost of English and gained in the target language
-    ratio.png       both over the fraction of frozen weights (Figure 2)
+the paper's Tables 2 to 6. Where the paper has the model and the language, its numbers stand below
+ours. Pictures need matplotlib, and are drawn where there is data for them:
+    kept.png        what each method keeps of English and gains in the target language
+    ratio.png       both over the fraction frozen, for methods with three ratios (Figure 2)
     forgetting.png  held-out losses during training, from train.jsonl
     overlap.png     how far any two masks freeze the same weights, from mask.safetensors
-The last two show the first run directory.
+The last two show the first run directory. The results also go to the model card of each model that
+train.py made, METHOD/model/README.md.
 """
 
 import argparse
@@ -26,59 +29,25 @@ from torch import broadcast_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.identity import digest_of
-from evaluate import write_atomically
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None
+from evaluate import LANGUAGES, write_atomically
+from tools import page, pictures
+from tools.methods import display_name, in_order
+from tools.tables import (
+    COLUMNS,
+    TABLE_2,
+    ability_table,
+    columns_of,
+    has_table_2,
+    improvement,
+    look_up,
+    markdown,
+    measure,
+    notes,
+    table_2,
+)
+from variants import model_card
 
 MARK = "Made by tools/report.py"  # in each file that this script writes, and may replace
-ROOT = Path(__file__).resolve().parent.parent
-LANGUAGES = json.loads((ROOT / "data/languages.json").read_text(encoding="utf-8"))
-NAMES = {  # in the order of the paper's Tables 2, 4, 3 and 6
-    "source": "Source",
-    "fft": "FFT",
-    "adalora": "AdaLoRA",
-    "hft": "HFT",
-    "gmt": "GMT",
-    "ssu-rand": "SSU-Rand",
-    "ssu-mag": "SSU-Mag",
-    "ssu-wanda": "SSU-Wanda",
-    "ssu-sparsegpt": "SSU-SparseGPT",
-    "ssu-fim": "SSU-FIM",
-    "ssu-wanda-row": "SSU-Wanda, rows",
-    "ssu-wanda-element": "SSU-Wanda, elements",
-    "lota": "LoTA",
-    "lota-90": "LoTA (90%)",
-    "lota-50": "LoTA (50%)",
-    "s2ft-down": "S2FT (down)",
-    "s2ft-down-output": "S2FT (down, output)",
-}
-COLUMNS = {  # where in `results` of eval.json and chat.json; the arrow points to better values
-    "bpb/source/heldout/bpb": "chat bpb ↓",
-    "bpb/source/prose/bpb": "prose bpb ↓",
-    "bpb/source/news/bpb": "news bpb ↓",
-    "mcq/source/accuracy": "MCQ accuracy ↑",
-    "mt/source/chrf": "MT X→en chrF++ ↑",
-    "sum/source/chrf": "SUM chrF++ ↑",
-    "mrc/source/accuracy": "MRC accuracy ↑",
-    "mmlu/source/accuracy": "MMLU accuracy ↑",
-    "chat/stop_rate": "stop rate ↑",
-    "chat/repetition": "repetition ↓",
-    "chat/english_share": "English share ↑",
-    "ifeval/source/accuracy": "IFEval ↑",
-    "gsm8k/source/accuracy": "GSM8K ↑",
-    "codemix/source/share": "code-mixed ↓",
-    "bpb/target/heldout/bpb": "bpb ↓",
-    "mcq/target/accuracy": "MCQ accuracy ↑",
-    "mt/target/chrf": "MT en→X chrF++ ↑",
-    "sum/target/chrf": "SUM chrF++ ↑",
-    "mrc/target/accuracy": "MRC accuracy ↑",
-    "mmlu/target/accuracy": "MMLU accuracy ↑",
-}
-TWO_DIGITS = re.compile("chrf|chat/")
-NO_CHANGE = ("chat/", "codemix/")  # fractions whose change in percent says nothing
 
 
 def fail(message):
@@ -87,15 +56,8 @@ def fail(message):
     raise SystemExit(2)
 
 
-def method_and_ratio(run):
-    """Return ("ssu-wanda", 0.25) for "ssu-wanda@0.25", ("lota", 0.9) for "lota-90"; else 0.5."""
-    found = re.fullmatch(r"(.+)@(\d*\.?\d+)", re.sub(r"^lota-(\d+)$", r"lota@0.\1", run))
-    return (found[1], float(found[2])) if found else (run, 0.5)
-
-
-def display_name(run):
-    method, _, ratio = run.partition("@")
-    return f"{NAMES.get(method, method)} {ratio}".strip()
+# --------------------------------------------------------------------------------------------------
+# Evaluations
 
 
 def read_json(path, form, script):
@@ -115,8 +77,13 @@ def read_eval(folder):
     found = read_json(folder / "eval.json", "ssu-eval", "evaluate.py")
     if (folder / "chat.json").exists():
         chat = read_json(folder / "chat.json", "ssu-chat", "tools/chat_eval.py")
-        if chat["settings"].get("model_sha256") != found["settings"].get("model_sha256"):
+        if chat["settings"].pop("model_sha256", None) != found["settings"].get("model_sha256"):
             fail(f"{folder}/chat.json is of another model than eval.json. Make it again")
+        del chat["settings"]["lang"]  # that of eval.json
+        found["settings"] |= {f"chat {key}": value for key, value in chat["settings"].items()}
+        for task, numbers in chat["results"].items():
+            if judge := look_up(numbers, "source/judge"):
+                found["settings"][f"judge of {task}"] = judge
         found["results"] |= chat["results"]
     return found
 
@@ -136,9 +103,9 @@ def read_runs(folders, chosen):
         if not (folder / "source/eval.json").is_file():
             fail(f"{folder}/source/eval.json is missing. Evaluate the source model first")
         source = read_eval(folder / "source")
-        if evals:  # the seed may differ from one run directory to the next
-            seed = {"seed": source["settings"].get("seed")}
-            check_settings(folder, source["settings"], evals["source"][0]["settings"] | seed)
+        if evals:  # seeds may differ from one run directory to the next
+            seeds = {key: source["settings"].get(key) for key in ("seed", "chat seed")}
+            check_settings(folder, source["settings"], evals["source"][0]["settings"] | seeds)
         for path in sorted(folder.glob("*/eval.json")):
             method = path.parent.name
             if method == "source" or not chosen or method in chosen:
@@ -148,74 +115,29 @@ def read_runs(folders, chosen):
     for method in chosen or []:
         if method not in evals:
             fail(f"{folders[0]}/{method}/eval.json is missing. Evaluate it, or correct --methods")
-
-    def place(run):
-        method = run.partition("@")[0]
-        return [*NAMES, method].index(method), run
-
-    return {run: evals[run] for run in sorted(evals, key=place)}
+    return {run: evals[run] for run in in_order(evals)}
 
 
-def measure(evals):
-    """Return {(method, column): [its value in each run directory]}, without what is missing."""
-    values = {}
-    for method, runs in evals.items():
-        for column in COLUMNS:
-            numbers = [run["results"] for run in runs]
-            for key in column.split("/"):
-                numbers = [(number or {}).get(key) for number in numbers]
-            if None not in numbers:
-                values[method, column] = numbers
-    return values
+def tables(evals):
+    """Return the parts of a report that are text: tables, and a line on what is in them."""
+    source = evals["source"][0]
+    values, lang = measure(evals), source["settings"]["lang"]
+    target = LANGUAGES[lang]["name"]
+    lines = []
+    shown = TABLE_2 if has_table_2(values) else []
+    if shown:
+        lines.append(table_2(evals, values, lang, target))
+        lines += notes(evals, [column for column in shown if ("source", column) in values])
+    for side, title in (("source", "English"), ("target", target)):
+        columns = [column for column in columns_of(side, values) if column not in shown]
+        if columns:
+            lines.append(ability_table(title, columns, evals, values))
+            lines += notes(evals, columns)
+    return lines
 
 
-def markdown(rows):
-    """Return a table, whose head is the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-
-
-def columns_of(side, values):
-    """Return the measured columns of English ("source") or of the target language."""
-    found = [column for column in COLUMNS if ("source", column) in values]
-    return [column for column in found if ("/target" in column) == (side == "target")]
-
-
-def cell(values, method, column):
-    """Return "1.046 ± 0.002 (+2.7%)": mean and deviation over runs, and the change from Source."""
-    numbers = values.get((method, column))
-    if not numbers:  # nothing to measure, e.g. no answer with a letter in it
-        return "-"
-    digits = 2 if TWO_DIGITS.search(column) else 3
-    mean, base = statistics.fmean(numbers), statistics.fmean(values["source", column])
-    text = f"{mean:.{digits}f}"
-    if len(numbers) > 1:
-        text += f" ± {statistics.stdev(numbers):.{digits}f}"
-    if base and not column.startswith(NO_CHANGE):
-        text += f" ({100 * (mean / base - 1):+.1f}%)"
-    return text
-
-
-def ability_table(title, columns, evals, values):
-    rows = [[title, *(COLUMNS[column] for column in columns)]]
-    for method, runs in evals.items():
-        name = display_name(method)
-        if len(runs) < len(evals["source"]):
-            name += f" (n={len(runs)})"
-        rows.append([name, *(cell(values, method, column) for column in columns)])
-    return markdown(rows)
-
-
-def sizes(evals, columns):
-    """Return a line that says how many items or documents each column has."""
-    texts = []
-    for column in columns:
-        found = evals["source"][0]["results"]
-        for key in column.split("/")[:-1]:
-            found = found[key]
-        texts.append(f"{COLUMNS[column][:-2]} {found.get('n') or found.get('documents')}")
-    return f"Items or documents: {', '.join(texts)}."
+# --------------------------------------------------------------------------------------------------
+# Masks
 
 
 def read_masks(folder, methods):
@@ -253,184 +175,140 @@ def overlap(a, b):
     return statistics.fmean(found) if found else None
 
 
-def overlap_table(masks):
-    rows = [["Jaccard index", *map(display_name, masks)]]
-    for method in masks:
-        found = [overlap(masks[method], other) for other in masks.values()]
-        rows.append([display_name(method), *("-" if x is None else f"{x:.2f}" for x in found)])
-    return rows
+def overlaps_of(masks):
+    """Return the square table of overlaps, a list of rows of numbers."""
+    return [[overlap(a, b) for b in masks.values()] for a in masks.values()]
 
 
-def improvement(values, methods, side):
-    """Return (what is measured, {method: [improvement over Source in percent, of each run]}).
-
-    That of bits per byte or, where they were not measured, the mean over all tasks.
-    """
-    columns = []
-    for column in columns_of(side, values):
-        everywhere = all((method, column) in values for method in methods)
-        if everywhere and not column.startswith(NO_CHANGE) and any(values["source", column]):
-            columns.append(column)
-    columns = [column for column in columns if "/heldout/" in column] or columns
-    found = {}
-    for method in methods if columns else []:
-        changes = []
-        for column in columns:
-            base = statistics.fmean(values["source", column])
-            sign = -100 if "↓" in COLUMNS[column] else 100
-            changes.append([sign * (value / base - 1) for value in values[method, column]])
-        found[method] = [statistics.fmean(run) for run in zip(*changes, strict=True)]
-    return ", ".join(COLUMNS[column][:-2] for column in columns), found
+def overlap_table(names, overlaps):
+    rows = [["Jaccard index", *names]]
+    for name, row in zip(names, overlaps, strict=True):
+        rows.append([name, *("-" if number is None else f"{number:.2f}" for number in row)])
+    return markdown(rows)
 
 
-def two_panels(target, height=4.0):
-    """Return a figure and its axes, {"source": English, "target": the other language}."""
-    figure = Figure(figsize=(9, height), layout="constrained")
-    english, other = figure.subplots(1, 2)
-    english.set_title("English")
-    other.set_title(target)
-    return figure, {"source": english, "target": other}
+# --------------------------------------------------------------------------------------------------
+# The report
 
 
-def draw_bars(axes, changes, title, xlabel):
-    """Draw {method: [change in percent, of each run]}: means, with their standard deviation."""
-    for method, numbers in changes.items():
-        if method == "source":  # its change is zero
-            continue
-        color = "tab:red" if method == "ssu-wanda" else "tab:gray"
-        mean = statistics.fmean(numbers)
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-        bar = axes.barh(display_name(method), mean, xerr=spread, color=color)
-        axes.bar_label(bar, fmt="%.1f", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set(title=title, xlabel=xlabel)
-
-
-def draw_kept(values, methods, target):
-    """Draw what each method lost of English and gained in the target language."""
-    figure, axes = two_panels(target, 1.2 + 0.28 * len(methods))
-    what, changes = improvement(values, methods, "source")
-    losses = {method: [-change for change in changes[method]] for method in changes}
-    draw_bars(axes["source"], losses, "English lost", f"{what}: worse than Source by %")
-    what, changes = improvement(values, methods, "target")
-    draw_bars(axes["target"], changes, f"{target} gained", f"{what}: better than Source by %")
-    return figure
-
-
-def draw_lines(curves, target, xlabel, ylabels):
-    """Draw curves, {side: {method: [(x, y)]}}. Return None if there are none."""
-    figure, panels = two_panels(target)
-    for side, axes in panels.items():
-        for method, points in curves[side].items():
-            axes.plot(*zip(*points, strict=True), ".-", label=display_name(method))
-            axes.legend(fontsize=8)
-        axes.set(xlabel=xlabel, ylabel=ylabels[side])
-    return figure if any(curves.values()) else None
-
-
-def draw_ratio(values, methods, target):
-    """Draw loss and gain over the fraction of frozen weights, where a method has several."""
-    curves, labels = {"source": {}, "target": {}}, {}
-    for side, found in curves.items():
-        what, changes = improvement(values, methods, side)
-        labels[side] = f"improvement of {what} over Source (%)"
-        for run, numbers in changes.items():
-            method, ratio = method_and_ratio(run)
-            found.setdefault(method, []).append((ratio, statistics.fmean(numbers)))
-        curves[side] = {m: sorted(points) for m, points in found.items() if len(points) > 1}
-    return draw_lines(curves, target, "fraction frozen", labels)
-
-
-def draw_forgetting(folder, methods, target):
-    """Draw the held-out losses during training, in the lines of train.jsonl that have them."""
-    curves = {"source": {}, "target": {}}
+def read_losses(folder, methods):
+    """Return the held-out losses in the train.jsonl of each method that has one."""
+    losses = {}
     for path in [folder / method / "train.jsonl" for method in methods]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            for row in map(json.loads, lines):
-                for side in curves:
-                    if f"{side}_loss" in row:
-                        point = (row.get("tokens", 0), row[f"{side}_loss"])
-                        curves[side].setdefault(path.parent.name, []).append(point)
+            if path.exists():
+                losses[path.parent.name] = pictures.read_losses(path)
         except (ValueError, TypeError, AttributeError) as error:
             fail(f"{path} cannot be read ({error}). Delete the damaged line")
-    label = "held-out loss (nats per token)"
-    return draw_lines(curves, target, "tokens trained on", {"source": label, "target": label})
+    return losses
 
 
-def draw_overlap(rows):
-    """Draw the table of mask overlaps, if there are two."""
-    names = rows[0][1:]
-    if len(names) < 2:
-        return None
-    size = 2.5 + 0.5 * len(names)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.subplots()
-    shades = []
-    for i, row in enumerate(rows[1:]):
-        shades.append([float(text.replace("-", "0")) for text in row[1:]])
-        for j, text in enumerate(row[1:]):
-            axes.text(j, i, text, ha="center", va="center", fontsize=8)
-    axes.imshow(shades, vmin=0, vmax=1.5, cmap="Blues")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(rows[0][0])
-    return figure
+def draw(evals, folder, names, overlaps):
+    """Return {name: figure} of the pictures for which there is data."""
+    if pictures.Figure is None:
+        print("no pictures, because matplotlib is missing. Run: pip install matplotlib")
+        return {}
+    values, methods = measure(evals), list(evals)
+    target = LANGUAGES[evals["source"][0]["settings"]["lang"]]["name"]
+    changes, measures = {}, {}
+    for side in ("source", "target"):
+        measures[side], changes[side] = improvement(values, methods, side)
+    figures = {
+        "kept": pictures.draw_kept(changes, measures, methods, target),
+        "ratio": pictures.draw_ratio(changes, measures, target),
+        "forgetting": pictures.draw_forgetting(read_losses(folder, methods), target),
+        "overlap": pictures.draw_overlap(names, overlaps),
+    }
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def answers(evals):
+    """Return the answers of all models to the first prompt of `chat`, as lines."""
+    lines = []
+    for method, runs in evals.items():
+        found = look_up(runs[0]["results"], "chat/answers")
+        if found:
+            lines = lines or [f"> {found[0]['prompt']}"]
+            lines.append(f"**{display_name(method)}:** {' '.join(found[0]['answer'].split())}")
+    return lines
+
+
+def add_to_cards(folders, chosen):
+    """Write the results into the model cards that train.py made."""
+    for folder in folders:
+        evals = read_runs([folder], chosen)
+        source = evals["source"][0]
+        for method, (found,) in evals.items():
+            path = folder / method / "model/README.md"
+            if method == "source" or not path.is_file():
+                continue
+            values = measure({"source": [source], method: [found]})
+            columns = [c for c in COLUMNS if (method, c) in values and ("source", c) in values]
+            numbers = []
+            for column in columns:
+                about = look_up(found["results"], column.rpartition("/")[0])
+                size = about.get("n") or about.get("documents")
+                numbers.append((column, COLUMNS[column][:-2], values[method, column][0], size))
+            lang = found["settings"]["lang"]
+            table = "\n\n".join(tables({"source": [source], method: [found]}))
+            old = path.read_text(encoding="utf-8")
+            new = model_card.with_results(old, lang, table, numbers)
+            if new is None:
+                print(f"{path} is not of train.py, and stays as it is")
+            elif new != old:
+                write_atomically(str(path), new)
+                print(f"added the results to {path}")
 
 
 def report(folders, chosen, out):
     evals = read_runs(folders, chosen)
-    values, methods = measure(evals), list(evals)
-    overlaps = overlap_table(read_masks(folders[0], methods))
+    masks = read_masks(folders[0], list(evals))
+    names, overlaps = list(map(display_name, masks)), overlaps_of(masks)
     target = LANGUAGES[evals["source"][0]["settings"]["lang"]]["name"]
 
-    # Tables
+    # Text
     lines = [f"# English kept, {target} gained", f"{MARK} from {', '.join(map(str, folders))}."]
     lines.append("In brackets the change from Source. After ± the standard deviation over runs.")
-    for side, title in (("source", "English"), ("target", target)):
-        columns = columns_of(side, values)
-        if columns:
-            lines += [ability_table(title, columns, evals, values), sizes(evals, columns)]
-    if len(overlaps) > 2:
+    lines += tables(evals)
+    if len(names) > 1:
         lines += ["Of the weights that either mask freezes, both freeze (mean over matrices):"]
-        lines += [markdown(overlaps)]
+        lines += [overlap_table(names, overlaps)]
     settings = [f"{key} {value}" for key, value in evals["source"][0]["settings"].items()]
     lines.append(f"Settings of source: {', '.join(settings)}.")
+    lines += answers(evals)
 
     # Pictures, then the page that shows them
     out.mkdir(parents=True, exist_ok=True)
-    figures = {}
-    if Figure is None:
-        print("no pictures, because matplotlib is missing. Run: pip install matplotlib")
-    else:
-        figures["kept"] = draw_kept(values, methods, target)
-        figures["ratio"] = draw_ratio(values, methods, target)
-        figures["forgetting"] = draw_forgetting(folders[0], methods, target)
-        figures["overlap"] = draw_overlap(overlaps)
-    figures = {name: figure for name, figure in figures.items() if figure}
+    figures = draw(evals, folders[0], names, overlaps)
     for path in [out / "report.md", *(out / f"{name}.png" for name in figures)]:
         if path.exists() and MARK.encode() not in path.read_bytes():
             fail(f"{path} exists and report.py did not write it. Move it, or choose another --out")
     for name, figure in figures.items():
         temporary = out / f"{name}.png.tmp"
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": MARK})
+        figure.savefig(temporary, format="png", dpi=pictures.DPI, metadata={"Software": MARK})
         os.replace(temporary, out / f"{name}.png")
         lines.append(f"![{name}]({name}.png)")
     write_atomically(str(out / "report.md"), "\n\n".join(lines) + "\n")
     print("\n\n".join(lines), f"wrote {out}/report.md", sep="\n\n")
+    add_to_cards(folders, chosen)
 
 
 def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("report.py", description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="run directories, one for each seed")
+    add("runs", type=Path, nargs="*", help="run directories, one for each seed")
     add("--methods", nargs="+", help="methods to show (default: all)")
     add("--out", type=Path, help="directory to write to (default: the first run directory)")
+    add("--page", type=Path, help="Markdown page whose tables to remake, instead of a report")
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.page):
+        parser.error("give run directories, or --page alone")
     try:
-        report(args.runs, args.methods, args.out or args.runs[0])
+        if args.page:
+            page.remake(args.page, read_runs, tables, answers, fail)
+        else:
+            report(args.runs, args.methods, args.out or args.runs[0])
     except OSError as error:
         fail(f"{error.filename or ''} {error.strerror or error}")
     except KeyboardInterrupt:

@@ -1,0 +1,152 @@
+"""What the paper says of its methods, and whether runs over several seeds agree.
+
+A statement is a comparison of two methods on one side: what is kept of English ("source"), or what
+is gained in the target language ("target"). Ours is measured in bits per byte. The paper's figure
+is the mean change over its eight monolingual English tasks, or over its four target tasks, from
+the mean scores of five languages in Table 2, and from those of Igbo elsewhere.
+
+The difference is taken seed by seed. A statement is decided if the 95% interval of the mean
+difference (Student's t) leaves out zero. Each statement is tested by itself.
+"""
+
+import math
+import statistics
+
+from tools.methods import display_name
+from tools.tables import MT, PAPER, TABLE_2, look_up, markdown
+
+MODEL = "OLMo-2-1124-7B-Instruct"
+BPB = {"source": "bpb/source/heldout/bpb", "target": "bpb/target/heldout/bpb"}
+# where, side, the method that is better, the other
+BETTER = (
+    ("Table 2", "source", "ssu-wanda", "fft"),
+    ("Table 2", "source", "ssu-wanda", "adalora"),
+    ("Table 2", "source", "ssu-wanda", "hft"),
+    ("Table 2", "source", "ssu-wanda", "gmt"),
+    ("Table 2", "source", "ssu-wanda", "ssu-rand"),
+    ("Table 2", "source", "ssu-wanda", "ssu-mag"),
+    ("Table 2", "source", "adalora", "hft"),
+    ("Table 2", "source", "hft", "gmt"),
+    ("Table 2", "source", "gmt", "fft"),
+    ("Table 2", "source", "ssu-rand", "ssu-mag"),
+    ("Table 2", "source", "ssu-mag", "fft"),
+    ("Table 2", "target", "ssu-wanda", "fft"),
+    ("Table 2", "target", "ssu-wanda", "hft"),
+    ("Table 2", "target", "ssu-wanda", "gmt"),
+    ("Table 2", "target", "fft", "adalora"),
+    ("Table 3", "source", "ssu-wanda", "ssu-wanda-row"),
+    ("Table 3", "source", "ssu-wanda-row", "ssu-wanda-element"),
+    ("Table 4", "source", "ssu-sparsegpt", "ssu-rand"),
+    ("Table 4", "source", "ssu-fim", "ssu-rand"),
+    ("Table 6", "source", "ssu-wanda", "lota-90"),
+    ("Table 6", "source", "lota-90", "lota-50"),
+    ("Table 6", "source", "s2ft-down", "ssu-wanda"),
+    ("Table 6", "target", "lota-50", "ssu-wanda"),
+    ("Table 6", "target", "ssu-wanda", "lota-90"),
+    ("Table 6", "target", "ssu-wanda", "s2ft-down"),
+    ("Table 14", "source", "s2ft-down", "s2ft-down-output"),
+    ("Figure 2", "source", "ssu-wanda@0.75", "ssu-wanda@0.25"),
+    ("Figure 2", "target", "ssu-wanda@0.25", "ssu-wanda@0.75"),
+    ("Figure 2", "source", "ssu-wanda@0.25", "gmt@0.25"),
+    ("Figure 2", "source", "ssu-wanda@0.75", "gmt@0.75"),
+    ("Figure 2", "source", "ssu-wanda@0.25", "hft@0.25"),
+    ("Figure 2", "source", "ssu-wanda@0.75", "hft@0.75"),
+)
+# where, side, a method, another that is as good, within so many percent of Source
+COMPARABLE = (
+    ("Table 4", "source", "ssu-sparsegpt", "ssu-wanda", 1),
+    ("Table 4", "source", "ssu-fim", "ssu-wanda", 1),
+    ("Figure 2", "source", "ssu-wanda@0.875", "ssu-wanda@0.625", 1),
+)
+# of Student's t, two-sided 95%, for n - 1 degrees of freedom
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def in_paper(where, side, method):
+    """Return the paper's mean change in percent, or None where it gives no figure."""
+    languages = PAPER[MODEL].values() if where == "Table 2" else [PAPER[MODEL]["ig"]]
+    columns = [i for i, column in enumerate(TABLE_2) if f"/{side}/" in column and column != MT[0]]
+    if any(method not in numbers for numbers in languages):
+        return None
+    changes = []
+    for i in columns:
+        base = statistics.fmean(numbers["source"][i] for numbers in languages)
+        changes.append(statistics.fmean(numbers[method][i] for numbers in languages) / base - 1)
+    return 100 * statistics.fmean(changes)
+
+
+def measured(evals, side, method):
+    """Return {seed: improvement over Source in percent} of the runs of a method."""
+
+    def of_runs(name):
+        found = {run["settings"]["seed"]: run["results"] for run in evals.get(name, [])}
+        return {seed: look_up(results, BPB[side]) for seed, results in found.items()}
+
+    base, found = of_runs("source"), of_runs(method)
+    return {seed: 100 * (1 - found[seed] / base[seed]) for seed in found if found[seed]}
+
+
+def interval(differences):
+    """Return the 95% interval of the mean of two or more differences."""
+    mean, n = statistics.fmean(differences), len(differences)
+    half = T95[min(n, 10)] * statistics.stdev(differences) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def verdict(differences, margin=None):
+    """Say whether differences, one of each seed, agree with a statement."""
+    if len(differences) < 2:
+        return "not decided"
+    low, high = interval(differences)
+    if margin is not None:
+        if -margin < low and high < margin:
+            return "agrees"
+        return "disagrees" if high < -margin or low > margin else "not decided"
+    if low > 0:
+        return "agrees"
+    return "disagrees" if high < 0 else "not decided"
+
+
+def figure(numbers):
+    """Return "-2.7 ± 0.1%"."""
+    text = f"{statistics.fmean(numbers):+.1f}"
+    if len(numbers) > 1:
+        text += f" ± {statistics.stdev(numbers):.1f}"
+    return text + "%"
+
+
+def sentence(side, a, b, margin, target):
+    a, b = display_name(a), display_name(b)
+    what = "keeps {} English" if side == "source" else f"gains {{}} {target}"
+    if margin is None:
+        return f"{a} {what.format('more')} than {b}"
+    return f"{a} {what.format('as much')} as {b}, within {margin}%"
+
+
+def table(evals, target):
+    """Return a table with a row for each statement on methods that were measured, and a count."""
+    head = ["Paper", "Statement", "Its figures", "Ours", "Difference", "n", "Verdict"]
+    rows, counts = [head], {"agrees": 0, "disagrees": 0, "not decided": 0}
+    for where, side, a, b, *margin in (*BETTER, *COMPARABLE):
+        ours, other = measured(evals, side, a), measured(evals, side, b)
+        seeds = sorted(ours.keys() & other.keys())
+        if not seeds:
+            continue
+        margin = margin[0] if margin else None
+        pair = [in_paper(where, side, a), in_paper(where, side, b)]
+        theirs = "its curves" if None in pair else f"{pair[0]:+.1f}%, {pair[1]:+.1f}%"
+        ours, other = [ours[seed] for seed in seeds], [other[seed] for seed in seeds]
+        differences = [x - y for x, y in zip(ours, other, strict=True)]
+        found = verdict(differences, margin)
+        counts[found] += 1
+        row = [where, sentence(side, a, b, margin, target), theirs]
+        row += [f"{figure(ours)}, {figure(other)}", figure(differences), str(len(seeds)), found]
+        rows.append(row)
+    total = len(BETTER) + len(COMPARABLE)
+    lines = [markdown(rows)]
+    lines.append(
+        f"Of {total} statements {counts['agrees']} agree, {counts['disagrees']} disagree, "
+        f"{counts['not decided']} are not decided by these runs, and "
+        f"{total - sum(counts.values())} were not measured."
+    )
+    return lines

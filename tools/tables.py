@@ -1,0 +1,234 @@
+"""The measures of evaluate.py and tools/chat_eval.py, and the tables that tools/report.py makes.
+
+The paper's own numbers are in tools/paper_numbers.json, by model, language and method.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from tools.methods import display_name
+
+PAPER = json.loads(Path(__file__).with_name("paper_numbers.json").read_text(encoding="utf-8"))
+# Where in `results` of eval.json and chat.json, and the heading. Arrows point to better values.
+COLUMNS = {
+    "bpb/source/heldout/bpb": "chat bpb ↓",
+    "bpb/source/prose/bpb": "prose bpb ↓",
+    "bpb/source/news/bpb": "news bpb ↓",
+    "mcq/source/accuracy": "MCQ accuracy ↑",
+    "bpb/target/heldout/bpb": "bpb ↓",
+    "mcq/target/accuracy": "MCQ accuracy ↑",
+    # The thirteen columns of Table 2, in its order
+    "ifeval/source/accuracy": "IFEval ↑",
+    "ae2/source/win_rate": "AE2 ↑",
+    "mtb/source/score": "MTB ↑",
+    "gsm8k/source/accuracy": "GSM8K ↑",
+    "t3/source/macro": "T3 ↑",
+    "mt/source/chrf": "MT X→en chrF++ ↑",
+    "sum/source/chrf": "SUM chrF++ ↑",
+    "mrc/source/accuracy": "MRC ↑",
+    "mmlu/source/accuracy": "MMLU ↑",
+    "mt/target/chrf": "MT en→X chrF++ ↑",
+    "sum/target/chrf": "SUM chrF++ ↑",
+    "mrc/target/accuracy": "MRC ↑",
+    "mmlu/target/accuracy": "MMLU ↑",
+    # Answers to a few English prompts
+    "chat/stop_rate": "stop rate ↑",
+    "chat/repetition": "repetition ↓",
+    "chat/english_share": "English share ↑",
+    "codemix/source/share": "code-mixed ↓",
+}
+TABLE_2 = PAPER["columns"]
+MT = ("mt/source/chrf", "mt/target/chrf")
+DIGITS = {"chrf": 2, "win_rate": 1, "score": 2, "stop_rate": 2, "repetition": 2, "english_share": 2}
+NO_CHANGE = ("chat/", "codemix/")  # fractions whose change in percent says nothing
+PUBLISHED = {  # the endings of the authors' checkpoints, as in ssu-project/<model>-<language>-ssu
+    "fft": "fft",
+    "adalora": "adalora",
+    "hft": "hft",
+    "gmt": "gmt",
+    "random": "ssu-rand",
+    "magnitude": "ssu-mag",
+    "ssu": "ssu-wanda",
+    "ssu_sgpt": "ssu-sparsegpt",
+    "ssu_fisher": "ssu-fim",
+    "ssu_rw": "ssu-wanda-row",
+    "ssu_ew": "ssu-wanda-element",
+    "lota": "lota-90",
+    "lota_0.5": "lota-50",
+    "s2ft_d": "s2ft-down",
+    "s2ft_do": "s2ft-down-output",
+}
+
+
+def look_up(results, column):
+    """Return the number of a column, or None if it was not measured."""
+    number = results
+    for key in column.split("/"):
+        number = (number or {}).get(key)
+    return number
+
+
+def measure(evals):
+    """Return {(method, column): [its value in each run directory]}, without what is missing."""
+    values = {}
+    for method, runs in evals.items():
+        for column in COLUMNS:
+            numbers = [look_up(run["results"], column) for run in runs]
+            if None not in numbers:
+                values[method, column] = numbers
+    return values
+
+
+def has_table_2(values):
+    """Return whether anything of Table 2 was measured, beside MT, which embedded data has too."""
+    return any(column in TABLE_2 and column not in MT for _, column in values)
+
+
+def columns_of(side, values):
+    """Return the measured columns of English ("source") or of the target language."""
+    found = [column for column in COLUMNS if ("source", column) in values]
+    return [column for column in found if ("/target" in column) == (side == "target")]
+
+
+def markdown(rows):
+    """Return a table, whose head is the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def number_text(number, column):
+    return f"{number:.{DIGITS.get(column.rpartition('/')[2], 3)}f}"
+
+
+def cell(numbers, base, column):
+    """Return "1.046 ± 0.002 (+2.7%)": mean, deviation over run directories, change from `base`.
+
+    Without a base (None) there is no change. Without numbers, as where no answer had a letter to
+    judge, the cell is "-".
+    """
+    if not numbers:
+        return "-"
+    mean = statistics.fmean(numbers)
+    text = number_text(mean, column)
+    if len(numbers) > 1:
+        text += f" ± {number_text(statistics.stdev(numbers), column)}"
+    if base and not column.startswith(NO_CHANGE):
+        change = round(100 * (mean / statistics.fmean(base) - 1), 1) + 0.0  # not -0.0
+        text += f" ({change:+.1f}%)"
+    return text
+
+
+def row_of(method, columns, values):
+    """Return the cells of a method. Source has no change from itself."""
+    cells = []
+    for column in columns:
+        base = None if method == "source" else values.get(("source", column))
+        cells.append(cell(values.get((method, column)), base, column))
+    return cells
+
+
+def ability_table(title, columns, evals, values):
+    rows = [[title, *(COLUMNS[column] for column in columns)]]
+    for method, runs in evals.items():
+        name = display_name(method)
+        if len(runs) < len(evals["source"]):
+            name += f" (n={len(runs)})"
+        rows.append([name, *row_of(method, columns, values)])
+    return markdown(rows)
+
+
+def of_paper(model, lang):
+    """Return (model, method) whose numbers the paper has, or (None, None).
+
+    A source model is in the paper as "source"; a checkpoint that its authors published is in it as
+    the method that made it.
+    """
+    name = str(model).rstrip("/").rpartition("/")[2]
+    if lang in PAPER.get(name, {}):
+        return name, "source"
+    found = re.fullmatch(rf"(.+)-{lang}-(.+)", name)
+    if found and lang in PAPER.get(found[1], {}):
+        return found[1], PUBLISHED.get(found[2])
+    return None, None
+
+
+def paper_row(model, lang, method):
+    """Return the cells of a method in the paper, or None if it has none in this language."""
+    numbers = PAPER.get(model, {}).get(lang, {})
+    if method not in numbers:
+        return None
+    cells = []
+    for column, number, base in zip(TABLE_2, numbers[method], numbers["source"], strict=True):
+        cells.append(cell([number], None if method == "source" else [base], column))
+    return cells
+
+
+def table_2(evals, values, lang, target):
+    """Return the paper's Table 2 for these runs, the paper's own numbers below ours."""
+    model, source = of_paper(evals["source"][0].get("model"), lang)
+    heads = []
+    for column in TABLE_2:
+        head = COLUMNS[column].replace(" chrF++", "").replace("X", lang)
+        if column.startswith(("sum", "mrc", "mmlu")):
+            task, arrow = head.split()
+            head = f"{task} {lang if '/target' in column else 'en'} {arrow}"
+        heads.append(head)
+    rows = [[f"Table 2, {target}", *heads]]
+    if source not in (None, "source"):
+        rows.append(["Source in the paper", *paper_row(model, lang, "source")])
+    for run in evals:
+        method = source if run == "source" and source else run
+        published = " (published)" if run == "source" and method != "source" else ""
+        rows.append([display_name(method) + published, *row_of(run, TABLE_2, values)])
+        if cells := paper_row(model, lang, method):
+            rows.append([f"{display_name(method)} in the paper", *cells])
+    return markdown(rows)
+
+
+def notes(evals, columns):
+    """Return a line on the numbers of items, and one on judges that could not be parsed."""
+    source = evals["source"][0]["results"]
+    sizes, judges = [], []
+    for column in columns:
+        found = look_up(source, column.rpartition("/")[0]) or {}
+        size = found.get("n") or found.get("documents")
+        if size:
+            sizes.append(f"{COLUMNS[column][:-2]} {size}")
+        if "judge" in found:
+            judges.append(f"{COLUMNS[column][:-2]} by {found['judge']['name']}")
+        if "unparsed" in found:
+            path = column.rpartition("/")[0] + "/unparsed"
+            unparsed = max(look_up(run["results"], path) or 0 for run in sum(evals.values(), []))
+            judges.append(f"of which at most {unparsed:.1%} could not be read")
+    lines = [f"Items or documents: {', '.join(sizes)}."]
+    if judges:
+        lines.append(f"Judged: {', '.join(judges)}.")
+    return lines
+
+
+def improvement(values, methods, side):
+    """Return (what is measured, {method: [improvement over Source in percent, of each run]}).
+
+    That of bits per byte or, where they were not measured, the mean over all tasks. Translation
+    into English is left out of it, as in the paper: it gains from the target language.
+    """
+    columns = []
+    for column in columns_of(side, values):
+        everywhere = all((method, column) in values for method in methods)
+        if everywhere and not column.startswith(NO_CHANGE) and any(values["source", column]):
+            columns.append(column)
+    columns = [column for column in columns if column != MT[0]] or columns
+    columns = [column for column in columns if "/heldout/" in column] or columns
+    found = {}
+    for method in methods if columns else []:
+        changes = []
+        for column in columns:
+            base = statistics.fmean(values["source", column])
+            sign = -100 if "↓" in COLUMNS[column] else 100
+            changes.append([sign * (value / base - 1) for value in values[method, column]])
+        found[method] = [statistics.fmean(run) for run in zip(*changes, strict=True)]
+    names = [COLUMNS[column][:-2] for column in columns]
+    return names[0] if len(names) == 1 else f"mean of {len(names)} tasks", found
