@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from tqdm import tqdm
@@ -168,6 +169,8 @@ def shard(model, precision):
 
     Under autocast, linear layers are gathered in bf16: the same bits for half of the bytes.
     """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.modules():
@@ -175,9 +178,9 @@ def shard(model, precision):
             continue
         if precision == "bf16":
             matrices = [m for m in layer.modules() if getattr(m, "weight", NOTHING).dim() == 2]
-            fully_shard(matrices, mp_policy=bf16)
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+            fully_shard(matrices, mesh=mesh, mp_policy=bf16)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def reshard(model):
