@@ -1,6 +1,6 @@
 """Judge the answers of ae2 as in the paper: AlpacaEval 2, by GPT-4.1 nano, a paid API.
 
-    pip install alpaca-eval==0.6.6
+    pip install alpaca-eval==0.6.6 "scikit-learn<1.10"
     OPENAI_API_KEY=... python tools/ae2.py runs/ne/*/chat.json
 
 chat_eval.py writes the answers of each run beside chat.json. For each answer, alpaca_eval asks the
@@ -16,9 +16,6 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import write_atomically
-
 JUDGE = "gpt-4.1-nano-2025-04-14"
 DATA, REFERENCE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
 PROMPT = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"  # in the package alpaca_eval
@@ -28,6 +25,16 @@ def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print("ae2.py: error:", " ".join(str(message).split())[:500], file=sys.stderr)
     raise SystemExit(2)
+
+
+def write_atomically(path, text):
+    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def judge_config(prompt):
@@ -134,7 +141,8 @@ def run(args):
     try:
         import alpaca_eval
     except ImportError as error:
-        fail(f"ae2 is judged by alpaca_eval: pip install alpaca-eval==0.6.6 ({error})")
+        package = "alpaca-eval==0.6.6 'scikit-learn<1.10'"
+        fail(f"ae2 is judged by alpaca_eval: pip install {package} ({error})")
     reference = reference_answers()
     prompt = Path(alpaca_eval.__file__).parent / "evaluators_configs" / PROMPT
     for path in args.chat:
