@@ -21,7 +21,14 @@ SUMMARY = {"frozen_verified": 60, "trainable": 40, "moved": 39}
 def arguments(tmp_path, **changes):
     """Return what train.py's arguments are, as far as a card needs them."""
     given = {"model": f"org/{tmp_path.name}", "data": "madlad:ig", "out": tmp_path / "runs/ig/fft"}
-    given |= {"mask": None, "gmt_ratio": None, "adalora": False, "steps": 12, "batch_size": 32}
+    given |= {
+        "mask": None,
+        "optimizer": "adamw",
+        "gmt_ratio": None,
+        "adalora": False,
+        "steps": 12,
+        "batch_size": 32,
+    }
     given |= {"seq_len": 512, "lr": 5e-5, "weight_decay": 0.01, "precision": "bf16", "seed": 42}
     return SimpleNamespace(**(given | changes))
 

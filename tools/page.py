@@ -38,18 +38,15 @@ def folders_of(patterns):
 
 
 def provenance(folders, evals, chosen):
-    """Return a line: n, seeds, commits, device, and the command that makes the table again."""
+    """Return a line: n, commits, device, and the command that makes the table again."""
     runs = [run for found in evals.values() for run in found]
-    seeds = sorted({run["settings"]["seed"] for run in runs})
     commits = sorted({str(run.get("git_commit"))[:7] for run in runs})
     devices = sorted({str(run.get("device")) for run in runs})
     names = " ".join(str(path.relative_to(ROOT)) for path in folders)
     options = f" --methods {' '.join(chosen)}" if chosen else ""
     options += " --out DIRECTORY" if len(folders) > 1 else ""
-    seed_text = "seed" if len(seeds) == 1 else "seeds"
     return (
-        f"n = {len(folders)}, {seed_text} {', '.join(map(str, seeds))}; evaluated on "
-        f"{' and '.join(devices)} at {', '.join(commits)}. "
+        f"n = {len(folders)}; evaluated on {' and '.join(devices)} at {', '.join(commits)}. "
         f"`python tools/report.py {names}{options}`"
     )
 

@@ -109,7 +109,7 @@ def read_runs(folders, chosen):
         for path in sorted(folder.glob("*/eval.json")):
             method = path.parent.name
             if method == "source" or not chosen or method in chosen:
-                found = read_eval(path.parent)
+                found = read_eval(path.parent) | {"run": str(folder)}
                 check_settings(path.parent, found["settings"], source["settings"])
                 evals.setdefault(method, []).append(found)
     for method in chosen or []:

@@ -28,7 +28,9 @@ METHODS = {  # by the method of a mask, and its axis where that is not "column"
     "hft": "HFT",
     "s2ft-down": "S2FT (down)",
     "s2ft-down-output": "S2FT (down, output)",
+    "s2ft-down-embeddings": "S2FT (down, embeddings)",
 }
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with moments of 8 bits"}
 TEXT = """
 # {title}
 
@@ -43,7 +45,7 @@ of [Source-Shielded Updates](https://arxiv.org/abs/2512.04844).
 | trained weights that moved | {moved:,} of {trainable:,} |
 | text | {text} |
 | training | {steps:,} steps of {batch_size} sequences of {seq_len} tokens |
-| optimizer | AdamW, learning rate {lr}, weight decay {weight_decay}, precision {precision} |
+| optimizer | {optimizer}, learning rate {lr}, weight decay {weight_decay}, precision {precision} |
 | seed | {seed} |
 | license | {license} |
 
@@ -140,6 +142,7 @@ def make(args, directory, commit, summary):
         total=frozen + trainable,
         moved=summary["moved"],
         text=text,
+        optimizer=OPTIMIZERS[args.optimizer],
         license=source.get("license") or "that of the source model, whose card does not name one",
         start=START,
         end=END,
