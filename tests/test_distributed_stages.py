@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 
 import pytest
 import quick_python
 from conftest import ROOT
-from test_distributed import finished, torchrun
+from test_distributed import finished, start_ranks, torchrun
 from test_evaluate import data  # noqa: F401
 from test_score import REFUSED, save
 
@@ -29,17 +28,8 @@ def python(tmp_path_factory):
 
 
 def run_ranks(python, count, script, argv, code=0):
-    """Run what torchrun would run, without its imports. Return (stdout, stderr) of each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    command = [python, str(ROOT / script), *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = []
-    for rank in map(str, range(count)):
-        environment = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command, env=environment, **pipes))
+    """Return (stdout, stderr) of each rank."""
+    ranks = start_ranks(python, count, *argv, script=script)
     texts = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [code] * count, texts
     return texts

@@ -171,7 +171,8 @@ def shard(model, precision):
     """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    at_least_fp32 = torch.promote_types(model.dtype, torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=at_least_fp32)  # gradients are added up in it
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
