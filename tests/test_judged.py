@@ -189,9 +189,10 @@ def read_items(bench):
     return {(item["task"], item["run"], item["id"]): item["output"] for item in items}
 
 
+@pytest.mark.slow
 def test_a_judge_is_loaded_when_the_model_is_freed(bench, seen):
     loaded, asked = seen
-    chat_eval.main(command(bench, "--greedy"))
+    chat_eval.main(command(bench, "--runs", 1))
     assert loaded == ["model", "flowaicom--Flow-Judge-v0.1", "allenai--wildguard"]
     results = json.loads((bench / "chat.json").read_text())["results"]
     mtb, t3 = results["mtb"]["source"], results["t3"]["source"]
@@ -209,6 +210,7 @@ def test_a_judge_is_loaded_when_the_model_is_freed(bench, seen):
     tokenizer = AutoTokenizer.from_pretrained(bench / "model")
     texts = {kind: tokenizer.batch_decode(prompts) for kind, prompts in asked.items()}
     first, second = answers["mtb", 0, "91/1"], answers["mtb", 0, "91/2"]
+    assert first and second
     user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
     end = "<|im_end|>\n"
     chat = [user, "1 + 1?", end, assistant, first, end, user, "+ 1?", end, assistant]

@@ -1,0 +1,93 @@
+"""MT-Bench and the safety suite in the paper profile of run_all.sh, also after kill -9."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TEXT
+from hub import HUB
+from paper_hub import (
+    put_glotlid,
+    put_harness_data,
+    put_judges,
+    put_madlad,
+    put_safety,
+    put_tulu,
+)
+from test_run_all import run_all
+
+from data import prepare_paper
+
+
+@pytest.fixture
+def paper_run(paper_sets, tmp_path, monkeypatch):
+    """Return settings of run_all.sh for the paper profile on the stand-in hub, with its data."""
+    config = json.loads((HUB / "models/someone/tiny/config.json").read_text())
+    config = json.dumps(config | {"max_position_embeddings": 2300})
+    (HUB / "models/someone/tiny/config.json").write_text(config)
+    put_harness_data(paper_sets, tmp_path, monkeypatch)
+    put_glotlid(words=4)
+    put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(60)])
+    put_tulu(paper_sets)
+    put_judges(mtb="<score> 3 </score>")
+    put_safety(paper_sets, tmp_path / "clone", monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", "let-me-in")
+    argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
+    prepare_paper.main([*argv, "--safety-eval", str(tmp_path / "clone")])
+    return {
+        "PROFILE": "paper",
+        "MODEL": "someone/tiny",
+        "DATA_DIR": str(tmp_path / "data"),
+        "RUNS": str(tmp_path / "runs"),
+        "STEPS": "1",
+        "METHODS": "fft",
+        "PRECISION": "fp32",
+        "TASKS": "mrc ifeval gsm8k ae2 codemix mtb t3",
+    }
+
+
+def items_of(out, task):
+    """Return how many items of a task are saved, of what chat_eval.py has written so far."""
+    path = out.with_suffix(".items.jsonl")
+    return path.read_text().count(f'{{"task": "{task}"') if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_the_paper_profile_fills_the_chat_columns_and_survives_kills(paper_run, tmp_path):
+    done = run_all("ig", **paper_run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs/ig"
+    for method in ("source", "fft"):
+        results = json.loads((run / method / "chat.json").read_text())["results"]
+        assert set(results) == {"ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3"}
+        assert results["mtb"]["source"]["score"] == 3 and results["mtb"]["source"]["n"] == 3
+        assert results["t3"]["source"]["macro"] == pytest.approx(0.5)
+    report = (run / "report.md").read_text()
+    assert "MTB" in report and "T3" in report
+
+    # Killed between the passes, and in the judging of both tasks: the same files.
+    argv = [sys.executable, str(ROOT / "tools/chat_eval.py"), "--model", str(run / "fft/model")]
+    argv += ["--lang", "ig", "--data-dir", paper_run["DATA_DIR"], "--tasks", "mtb,t3", "--out"]
+    subprocess.run([*argv, str(tmp_path / "whole.json")], check=True)
+    out = tmp_path / "killed.json"
+    answers = items_of(tmp_path / "whole.json", "t3")
+    for task, count in (("mtb", 2), ("t3", answers), ("mtb-judge", 1), ("t3-judge", 1)):
+        process = subprocess.Popen([*argv, str(out)])
+        while items_of(out, task) < count and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*argv, str(out)], check=True)
+    for name in (".json", ".items.jsonl"):
+        assert out.with_suffix(name).read_text() == (tmp_path / f"whole{name}").read_text()
+
+
+@pytest.mark.parametrize("tasks", ["mtb,t3", "t3 mtb"])
+def test_the_safety_suite_without_its_prompts_is_refused_before_a_run(tasks, tmp_path):
+    done = run_all("ig", PROFILE="paper", TASKS=tasks, DATA_DIR=str(tmp_path))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and f"t3 needs {tmp_path}/en/t3.jsonl" in line
+    assert "--safety-eval CLONE" in line
