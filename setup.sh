@@ -21,6 +21,8 @@ install_for() {  # NAME...: install what only some methods and tasks of run_all.
     for name in "$@"; do
         case $name in
             adalora) optional peft==0.21.2 "import peft; assert peft.__version__ == '0.21.2'" ;;
+            adamw8bit*) optional torchao==0.18.0 \
+                "from importlib.metadata import version; assert version('torchao') == '0.18.0'" ;;
             codemix) [ "$LANGUAGE_ID" = script ] ||
                 optional fasttext-numpy2==0.10.4 "import fasttext" ;;
             ifeval|gsm8k) optional "lm-eval[hf,ifeval]==0.4.13" \

@@ -19,6 +19,7 @@ On one GPU, as published (`python tools/plan.py --model MODEL` says what fits wh
     python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --precision bf16-true \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
         --compact --gradient-checkpointing --save-every 500
+A GPU of 40 GB holds it with --optimizer adamw8bit (pip install torchao==0.18.0).
 On four GPUs, the same run: torchrun --nproc_per_node=4 train.py ...
 
 OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, a log step:
@@ -81,9 +82,8 @@ def parse_args(argv=None):  # noqa: C901
     precision = "autocast over fp32 weights (bf16, fp16); bf16 weights, fp32 moments (bf16-true)"
     add("--precision", choices=PRECISIONS, default="bf16", help=precision)
     add("--compact", action="store_true", help="no gradients or moments for frozen columns")
-    optimizer = "AdamW, or AdamW with moments of 8 bits and updates rounded at random (torchao)"
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help=optimizer)
-    add("--round-nearest", action="store_true", help="adamw8bit without random rounding")
+    optimizer = "AdamW; by torchao with 8-bit moments, updates rounded at random or to the nearest"
+    add("--optimizer", choices=adamw8bit.CHOICES, default="adamw", help=optimizer)
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--compile", action="store_true", help="torch.compile of each decoder layer")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -138,7 +138,7 @@ def build_model(args, masks, config, directory):
     if args.adalora:
         model = adalora.add_adapters(model, args.steps, args.seed)
     if args.compact:  # on the CPU, so that the full fp32 model is never moved to the GPU
-        compact.make_compact(model, masks, args.precision, args.optimizer == "adamw8bit")
+        compact.make_compact(model, masks, args.precision, in_place=args.optimizer != "adamw")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
@@ -223,8 +223,8 @@ def make_optimizer(model, masks, args):
         if p.dim() > 1:
             decayed.append((p, mask))
     options = {"lr": args.lr, "betas": (0.9, 0.999), "eps": 1e-8}
-    if args.optimizer == "adamw8bit":
-        options |= {"weight_decay": args.weight_decay, "stochastic": not args.round_nearest}
+    if args.optimizer != "adamw":
+        options |= {"weight_decay": args.weight_decay, "stochastic": args.optimizer == "adamw8bit"}
         return adamw8bit.AdamW8bit(params.values(), decayed, masked, **options), masked, []
     if args.precision == "bf16-true":
         options |= {"weight_decay": args.weight_decay, "decayed": dict(decayed)}

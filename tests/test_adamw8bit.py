@@ -31,7 +31,6 @@ LARGE = dict(hidden_size=128, intermediate_size=256)  # blocks of 256 fit most m
     "more, message",
     [
         (["--optimizer", "adamw8bit"], "needs --precision bf16-true"),
-        (["--round-nearest"], "needs --optimizer adamw8bit"),
         (BITS8, "pip install torchao==0.0.0"),
     ],
     ids=" ".join,
@@ -123,7 +122,7 @@ def test_random_rounding_loses_no_update_on_average():
     "kind, method, more",
     [
         ("olmo2", "wanda", ["--compact", "--gradient-checkpointing"]),
-        ("qwen2", "wanda", ["--compact", "--round-nearest"]),
+        ("qwen2", "wanda", ["--compact", "--optimizer", "adamw8bit-nearest"]),
         ("llama", "wanda-element", []),
         ("llama", "hft", ["--compact"]),
     ],
@@ -160,7 +159,7 @@ def test_in_place_columns_learn_like_whole_matrices(chats, text, tmp_path):
     mask = make_masks(source, chats, tmp_path)
     last = {}
     for name, more in {"masked": [], "compact": ["--compact"]}.items():
-        more = [*BITS8, "--round-nearest", "--mask", mask, *more]
+        more = [*BITS8, "--optimizer", "adamw8bit-nearest", "--mask", mask, *more]
         train.main(arguments(source, text, tmp_path / name, *more))
         last[name] = log_of(tmp_path / name)[-2]["loss"]
     assert last["compact"] == pytest.approx(last["masked"], rel=0.03)

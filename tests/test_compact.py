@@ -1,5 +1,6 @@
 """train.py --compact and --precision bf16-true against the reference loop."""
 
+import copy
 import math
 import os
 
@@ -362,6 +363,33 @@ def test_fused_adam_is_adamw_in_fp32_rounded_once():
         assert (weight.double() == expected.bfloat16().double()).float().mean() > 0.98
         assert torch.equal(weight.double()[:, ::2], before[:, ::2])
     assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
+
+
+def test_columns_in_place_are_a_view_of_the_matrix_with_the_gradients_of_a_linear():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 7).double()
+    before = linear.weight.detach().clone()
+    index = torch.tensor([1, 4, 5, 11])
+    x, grad_y = torch.randn(2, 3, 12).double(), torch.randn(2, 3, 7).double()
+    found = {}
+    module = compact.InPlaceLinear(copy.deepcopy(linear), index)
+    for name, layer in {"linear": linear, "in place": module}.items():
+        x = x.detach().requires_grad_()
+        layer(x).backward(grad_y)
+        found[name] = [layer(x), x.grad, layer.bias.grad]
+    found["linear"].append(linear.weight.grad[:, index])
+    found["in place"].append(module.columns.grad)
+    for ours, theirs in zip(found["in place"], found["linear"], strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
+
+    for dtype in (torch.float64, torch.float32):
+        module.to(dtype)  # which keeps the columns in the matrix
+        with torch.no_grad():
+            module.columns += 1
+            before[:, index] += 1
+            now = compact.as_in_source(torch.nn.Sequential(module), "0.weight")
+        assert torch.equal(now, before.to(dtype))
+        assert torch.allclose(module(x.to(dtype)), F.linear(x, before, linear.bias).to(dtype))
 
 
 @pytest.mark.parametrize(

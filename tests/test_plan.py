@@ -1,5 +1,6 @@
 """tools/plan.py: memory against published counts, and what a run needs against the stand-in hub."""
 
+import itertools
 import json
 import shutil
 import types
@@ -12,10 +13,12 @@ from hub import HUB, REQUESTS
 from paper_hub import MADLAD, put_harness_data, put_madlad, put_tulu
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, Olmo2Config
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
-from tools import plan
-from variants import distributed
+import train
+from tools import memory, plan
+from variants import adamw8bit, compact, distributed
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def olmo2_7b():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    return config, sizes, plan.half_of_each_matrix(model, 0.5)
+    return config, sizes, memory.half_of_each_matrix(model, 0.5)
 
 
 def test_state_of_a_7b_model_is_what_counting_gives(olmo2_7b):
@@ -41,11 +44,15 @@ def test_state_of_a_7b_model_is_what_counting_gives(olmo2_7b):
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     rest = 2 * 100352 * 4096 + (32 * 4 + 1) * 4096
     assert sum(sizes[name] for name in half) == linear
-    assert plan.state_bytes(sizes, "bf16") == 16 * (linear + rest)
-    assert plan.state_bytes(sizes, "bf16-true") == 12 * (linear + rest)
-    assert plan.state_bytes(sizes, "bf16", half) == 10 * linear + 16 * rest
-    assert plan.state_bytes(sizes, "bf16-true", half) == 8 * linear + 12 * rest
-    assert plan.state_bytes(sizes, "fp32", half) == 12 * linear + 16 * rest
+    assert memory.state_bytes(sizes, "bf16") == 16 * (linear + rest)
+    assert memory.state_bytes(sizes, "bf16-true") == 12 * (linear + rest)
+    assert memory.state_bytes(sizes, "bf16", half) == 10 * linear + 16 * rest
+    assert memory.state_bytes(sizes, "bf16-true", half) == 8 * linear + 12 * rest
+    assert memory.state_bytes(sizes, "fp32", half) == 12 * linear + 16 * rest
+    scales = 2 * 4 / 256
+    eight_bit = (2 + 2 + scales / 2) * linear + (6 + scales) * rest
+    assert memory.state_bytes(sizes, "bf16-true", half, True) == eight_bit
+    assert round(eight_bit / 1e9, 1) == 31.0
 
 
 def test_the_table_says_what_docs_performance_says(olmo2_7b, capsys):
@@ -55,57 +62,98 @@ def test_the_table_says_what_docs_performance_says(olmo2_7b, capsys):
     assert rows[0] == ("| training | state, GB | 24 GB GPU | 40 GB GPU | 80 GB GPU | 141 GB GPU |")
     cells = {row.split(" | ")[0].strip("| "): row.strip(" |").split(" | ")[1:] for row in rows}
     assert cells["masked, bf16"][:4] == ["116.8", "- / -", "- / -", "- / -"]
-    assert cells["compact, bf16"][:4] == ["77.9", "- / -", "- / -", "- / 2"]
+    assert cells["compact, bf16"][:4] == ["77.9", "- / -", "- / -", "- / 4"]
     assert cells["masked, bf16-true"][:4] == ["87.6", "- / -", "- / -", "- / -"]
-    assert cells["compact, bf16-true"][:4] == ["61.7", "- / -", "- / -", "2 / 16"]
+    assert cells["compact, bf16-true"][:4] == ["61.7", "- / -", "- / -", "4 / 16"]
+    assert cells["compact, bf16-true, adamw8bit"][:4] == ["31.0", "- / -", "1 / 8", "8 / 32"]
 
 
 def test_the_bytes_of_a_card_are_more_than_its_name_says():
-    held = {name: round(size / 1e9, 1) for name, size in plan.GPUS.items()}
+    held = {name: round(size / 1e9, 1) for name, size in memory.GPUS.items()}
     assert held == {"24 GB": 25.3, "40 GB": 42.4, "80 GB": 85.5, "141 GB": 150.0}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
-@pytest.mark.parametrize("kind, most", [("olmo2", 1.15), ("llama", 2.2)])
-def test_a_layer_keeps_what_the_formula_says(kind, most, precision, tmp_path):
-    """Count what autograd saves for one more layer and 128 more tokens."""
-    saved = {}
-    hidden = 128
-    for layers in (1, 2):
-        tiny_model(
-            tmp_path / f"{layers}",
-            kind,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-        )
-        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{layers}", dtype=dtype)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        for tokens in (128, 256):
-            kept = {}
+def peak_of(function):
+    """The most bytes that PyTorch's allocator held at once for a function, beside those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        function()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
-            def pack(tensor, kept=kept, weights=weights):
-                if tensor.untyped_storage().data_ptr() not in weights:
-                    kept[tensor.untyped_storage().data_ptr()] = tensor
-                return tensor
 
-            autocast = torch.autocast(
-                "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
-            )
-            with torch.autograd.graph.saved_tensors_hooks(pack, torch.Tensor.clone), autocast:
-                ids = torch.zeros(1, tokens, dtype=torch.long)
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            saved[layers, tokens] = sum(t.untyped_storage().nbytes() for t in kept.values())
-    layer = (saved[2, 256] - saved[1, 256]) - (saved[2, 128] - saved[1, 128])
-    formula = 128 * (50 * hidden + 8 * 3 * hidden)
-    assert layer <= formula * 1.05
-    assert formula <= layer * most
+def measured(config, precision, layout, recompute, tokens):
+    """(bytes of weights, gradients, moments; peak of a micro-batch or step), by the real code."""
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    masks = {}
+    for name in memory.half_of_each_matrix(model, 0.5):
+        columns = torch.arange(model.get_parameter(name).shape[1])
+        masks[name] = (columns % 2).view(1, -1).to(torch.uint8)
+    if layout != "masked":
+        compact.make_compact(model, masks, precision, in_place=layout == "adamw8bit")
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def micro_batch():
+        with torch.autocast("cpu", torch.bfloat16, precision == "bf16", cache_enabled=False):
+            loss = train.next_token_loss(model, tokens)
+        loss.backward()
+
+    micro_batch()  # the second adds to gradients that are there
+    peak = peak_of(micro_batch)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if layout == "adamw8bit":
+        moments = [tensor for p in trained for tensor in adamw8bit.new_state(p).values()]
+    else:
+        argv = ["--model", "", "--data", "", "--out", "", "--precision", precision]
+        optimizer, _, _ = train.make_optimizer(model, {}, train.parse_args(argv))
+        optimizer.step()
+        peak = max(peak, peak_of(optimizer.step))
+        moments = [tensor for p in trained for tensor in optimizer.state[p].values()]
+    tensors = [*model.parameters(), *[p.grad for p in trained], *moments]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values()), peak
+
+
+FAST = ("olmo2 bf16 masked recompute", "llama fp32 compact", "olmo2 bf16-true adamw8bit")
+CASES = []
+for kind, way, more in itertools.product(
+    ("olmo2", "llama"),
+    ("bf16 masked", "bf16 compact", "bf16-true masked", "bf16-true compact")
+    + ("bf16-true adamw8bit", "fp32 masked", "fp32 compact"),
+    ("", " recompute"),
+):
+    case = f"{kind} {way}{more}"
+    CASES.append(case if case in FAST else pytest.param(case, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_bytes_are_counted_within_three_percent(case):
+    """Against tensors and PyTorch's allocator, of a small model in large models' proportions."""
+    kind, precision, layout, *more = case.split()
+    sizes = dict(vocab_size=3136, hidden_size=128, intermediate_size=352, num_hidden_layers=3)
+    sizes |= dict(num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if kind == "olmo2":
+        config = Olmo2Config(**sizes, tie_word_embeddings=False)
+    else:
+        config = LlamaConfig(**sizes, tie_word_embeddings=True, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    way = (config, numbers, memory.half_of_each_matrix(model, 0.5)), precision, layout != "masked"
+    tokens = torch.randint(0, 3136, (2, 96), generator=torch.Generator().manual_seed(0))
+    state, peak = measured(config, precision, layout, bool(more), tokens)
+    eight_bit = layout == "adamw8bit"
+    planned, total = memory.bytes_per_gpu(*way, 1, tokens.numel(), bool(more), eight_bit)
+    assert planned == pytest.approx(state, rel=0.002)
+    assert total - planned - memory.ALLOWANCE == pytest.approx(peak, rel=0.04)
+    assert total - memory.ALLOWANCE == pytest.approx(state + peak, rel=0.03)
 
 
 def test_recomputation_needs_less_and_more_tokens_need_more(olmo2_7b):
     def needed(tokens, recompute):
-        return plan.bytes_per_gpu(olmo2_7b, "bf16", False, 1, tokens, recompute)[1]
+        return memory.bytes_per_gpu(olmo2_7b, "bf16", False, 1, tokens, recompute)[1]
 
     assert needed(2048, True) < needed(2048, False)
     assert needed(4096, True) > needed(2048, True)
@@ -118,8 +166,8 @@ def test_recomputation_needs_less_and_more_tokens_need_more(olmo2_7b):
 def test_several_gpus_hold_what_counting_gives(kind, precision, olmo2_7b):
     """State is shared; two gathered layers, the gradients of one and all else are not."""
     compact = kind == "compact"
-    one = plan.bytes_per_gpu(olmo2_7b, precision, compact, 1, 2048, True)
-    eight = plan.bytes_per_gpu(olmo2_7b, precision, compact, 8, 2048, True)
+    one = memory.bytes_per_gpu(olmo2_7b, precision, compact, 1, 2048, True)
+    eight = memory.bytes_per_gpu(olmo2_7b, precision, compact, 8, 2048, True)
     assert eight[0] * 8 == one[0]
     linear = 4 * 4096 * 4096 + 3 * 4096 * 11008  # of one layer
     outside = 2 * 100352 * 4096 + 4096
@@ -134,7 +182,7 @@ def test_several_gpus_hold_what_counting_gives(kind, precision, olmo2_7b):
     expected = 2 * gathered * (linear + columns + norms) + (low + 4) * (trained + norms)
     expected += (high + high + 4) * outside
     config, sizes, half = olmo2_7b
-    counted = plan.gathered_bytes(config, sizes, precision, half if compact else None)
+    counted = memory.gathered_bytes(config, sizes, precision, half if compact else None)
     assert counted == pytest.approx(expected, rel=1e-12)
     assert eight[1] - eight[0] < one[1] - one[0] + counted * 1.0001
     assert eight[1] < one[1]
@@ -162,7 +210,7 @@ def test_a_layer_is_gathered_in_the_bytes_of_the_formula(precision, olmo2, tmp_p
         torch.distributed.destroy_process_group()
     weights = sum(p.numel() for p in layer.parameters())
     count = sum(p.numel() for p in outside)
-    counted = plan.gathered_bytes(model.config, sizes, precision)
+    counted = memory.gathered_bytes(model.config, sizes, precision)
     low = 4 if precision == "fp32" else 2
     expected = 2 * gathered + (low + 4) * weights + 2 * kept + 4 * count
     assert counted == pytest.approx(expected, rel=0.02)  # norms are gathered in fp32
@@ -174,9 +222,18 @@ def test_the_table_of_eight_gpus_has_a_column_more(olmo2_7b, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows[0].startswith("| training | state, GB | per GPU, 8 GPUs | 24 GB GPU |")
     masked = rows[1].strip("| ").split(" | ")
-    _, needed = plan.bytes_per_gpu(olmo2_7b, "bf16", False, 8, 2 * 512, True)
+    _, needed = memory.bytes_per_gpu(olmo2_7b, "bf16", False, 8, 2 * 512, True)
     assert masked[:3] == ["masked, bf16", "116.8", f"{needed / 1e9:.1f}"]
     assert masked[-1] == "4 / 4"  # a GPU has no more than its part of the batch
+
+
+@pytest.mark.parametrize("more", [["--gpus", "8"], ["--precision", "bf16"]], ids=" ".join)
+def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, capsys):
+    argv = ["--check", "--model", str(olmo2), "--optimizer", "adamw8bit"]
+    assert plan.main(argv) == 0
+    with pytest.raises(SystemExit):
+        plan.main([*argv, *more])
+    assert "needs one GPU and bf16-true" in capsys.readouterr().err
 
 
 def put_glotlid_file():

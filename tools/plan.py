@@ -9,22 +9,7 @@ plans a run of run_all.sh, which calls this script: does the hub give everything
 disk of this machine suffice? The exit code is 2 if not. --check looks at the values of the options
 alone and needs only the standard library.
 
-Bytes per weight for weights, gradients and moments (`t`: the trainable fraction):
-
-    precision   masked training        compact training, for a matrix with frozen columns
-    bf16, fp16  4 + 4 + 8 = 16         2 + 16 t
-    fp32        4 + 4 + 8 = 16         4 + 16 t
-    bf16-true   2 + 2 + 8 = 12         2 + 12 t
-
-These are exact. Activations are a formula, for h the hidden and m the intermediate size: a token
-keeps 50 h + 8 m bytes in a decoder layer of OLMo 2. Layers of Llama and Qwen keep 20 to 40% less.
-With recomputation it keeps the input of each layer, and one layer whole. Logits and their gradients
-take 12 bytes per token and vocabulary entry. Autocast adds a bf16 copy of each matrix of the layers
-that are not recomputed. The CUDA context, workspaces and fragmentation get an allowance.
-
-Several GPUs (FSDP2) share weights, gradients and moments evenly. Each also holds two gathered
-layers (the second is fetched ahead), the gradients of one, and all that is outside of the layers,
-with its gradients. Gradients are added up over the GPUs in fp32, which takes another copy.
+tools/memory.py says how memory is counted.
 """
 
 import argparse
@@ -39,11 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 LANGUAGES = json.loads((ROOT / "data/languages.json").read_text(encoding="utf-8"))
-GIB = 2**30
-# What torch.cuda.get_device_properties(0).total_memory reports for such a card: more than its name
-# says, because the name counts in GiB. Cards of one name differ by up to 0.5 GiB.
-GPUS = {"24 GB": 23.6 * GIB, "40 GB": 39.5 * GIB, "80 GB": 79.6 * GIB, "141 GB": 139.7 * GIB}
-ALLOWANCE = 1.5e9
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 # Methods of run_all.sh: those without a ratio, then the others.
@@ -52,6 +32,7 @@ SINGLE = ["fft", "adalora", "lota-90", "lota-50", *S2FT]
 STATIC = ["ssu-wanda", "ssu-mag", "ssu-rand", "ssu-sparsegpt", "ssu-fim", "hft"]
 METHODS = [*SINGLE, *STATIC, "ssu-wanda-row", "ssu-wanda-element", "gmt", "lota"]
 COMPACT = [*STATIC, *S2FT]  # the methods that freeze whole columns
+OPTIMIZERS = ["adamw", "adamw8bit", "adamw8bit-nearest"]
 TASKS = ["mt", "sum", "mrc", "mmlu", "ifeval", "gsm8k", "ae2", "codemix"]
 EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
 EMBEDDED_MODEL = "data/embedded/model"
@@ -89,6 +70,7 @@ def parse_args(argv=None):
     precisions = ["bf16", "bf16-true", "fp16", "fp32"]
     add("--model", required=True, help="source model: directory or hub id")
     add("--precision", choices=precisions, default="bf16-true", help="precision of train.py")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer of train.py")
     add("--compact", choices=["0", "1"], default="0", help="1: plan for train.py --compact")
     add("--batch-size", type=int, default=32, help="sequences per optimizer step")
     add("--micro-batch-size", type=int, default=4, help="sequences per forward pass")
@@ -113,6 +95,8 @@ def parse_args(argv=None):
     run("--runs", type=Path, default=Path("runs"), help="directory of the results")
     args = parser.parse_args(argv)
     check_values(args)
+    if args.optimizer != "adamw" and (args.gpus > 1 or args.precision != "bf16-true"):
+        fail(f"--optimizer {args.optimizer}: needs one GPU and bf16-true. Set NPROC and PRECISION")
     return args
 
 
@@ -158,89 +142,13 @@ def load_skeleton(name):
         fail(f"model {name} cannot be built: {error}")
 
 
-def half_of_each_matrix(model, ratio):
-    """Return {name: trainable fraction} of each nn.Linear but the LM head."""
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    fractions = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            fractions[f"{name}.weight"] = 1 - ratio
-    return fractions
-
-
-def state_bytes(sizes, precision, fractions=None):
-    """Return the bytes of weights, gradients and moments; masked unless `fractions` are given.
-
-    sizes: {name: number of weights}; fractions: {name: trainable fraction}.
-    """
-    trained = 12 if precision == "bf16-true" else 16
-    whole_matrix = 4 if precision == "fp32" else 2
-    total = 0
-    for name, size in sizes.items():
-        if fractions and name in fractions:
-            total += size * (whole_matrix + trained * fractions[name])
-        else:
-            total += size * trained
-    return total
-
-
-def activation_bytes(config, tokens, precision, recompute, copies):
-    """Return the bytes of activations, logits and casts of a micro-batch.
-
-    config: the model's text config; tokens: of the micro-batch; copies: bytes of autocast's copies.
-    """
-    layer = tokens * (50 * config.hidden_size + 8 * config.intermediate_size)
-    if precision == "fp32":
-        layer *= 2
-    logits = 12 * tokens * config.vocab_size
-    logits += 8 * config.vocab_size * config.hidden_size  # a copy and gradients of the LM head
-    if not recompute:
-        return config.num_hidden_layers * layer + logits + copies
-    inputs = config.num_hidden_layers * tokens * config.hidden_size
-    inputs *= 2 if precision == "bf16-true" else 4
-    return inputs + max(layer + copies / config.num_hidden_layers, logits)
-
-
-def gathered_bytes(config, sizes, precision, fractions=None):
-    """Return the bytes that a GPU holds of other GPUs' weights, and of gradients not yet added up.
-
-    In compact training, the trainable columns are gathered beside their matrices.
-    """
-    layers = sum(size for name, size in sizes.items() if re.search(r"\.\d+\.", name))
-    outside = sum(sizes.values()) - layers
-    trained = gathered = layers
-    for name, fraction in (fractions or {}).items():
-        trained -= sizes[name] * (1 - fraction)
-        gathered += sizes[name] * fraction
-    forward = 4 if precision == "fp32" else 2  # bytes of a weight in the layers' forward pass
-    kept = 2 if precision == "bf16-true" else 4  # and of a weight outside of the layers
-    inside = 2 * forward * gathered + (forward + 4) * trained
-    return inside / config.num_hidden_layers + (2 * kept + 4) * outside
-
-
-def bytes_per_gpu(model, precision, compact, gpus, tokens, recompute):
-    """Return (bytes of weights, gradients and moments, all bytes) of one GPU.
-
-    model: (text config, {name: number of weights}, {name: trainable fraction} if compact);
-    tokens: of a micro-batch.
-    """
-    config, sizes, fractions = model
-    if not compact:
-        fractions = None
-    state = state_bytes(sizes, precision, fractions) / gpus
-    copies = 0  # several GPUs gather the matrices in bf16, so that autocast copies nothing
-    if gpus == 1 and precision in ("bf16", "fp16") and not compact:
-        copies = 2 * (sum(sizes.values()) - config.vocab_size * config.hidden_size)
-    more = ALLOWANCE + activation_bytes(config, tokens, precision, recompute, copies)
-    if gpus > 1:
-        more += gathered_bytes(config, sizes, precision, fractions)
-    return state, state + more
-
-
 def print_table(args, model):
     """Print which GPU holds which layout, and with which micro-batch size."""
+    from tools.memory import GPUS, bytes_per_gpu
+
+    layouts = ["masked, bf16", "compact, bf16", "masked, bf16-true", "compact, bf16-true"]
+    if args.gpus == 1:
+        layouts.append("compact, bf16-true, adamw8bit")
     head = ["training", "state, GB", *[f"{name} GPU" for name in GPUS]]
     print(f"Under a GPU: the largest micro-batch of sequences of {args.seq_len} tokens that fits,")
     print("without / with --gradient-checkpointing. A dash means that none fits.")
@@ -248,11 +156,11 @@ def print_table(args, model):
         head.insert(2, f"per GPU, {args.gpus} GPUs")
         print(f"Per GPU: GB for a micro-batch of {args.micro_batch_size}, with recomputation.")
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for layout in ("masked, bf16", "compact, bf16", "masked, bf16-true", "compact, bf16-true"):
-        kind, precision = layout.split(", ")
+    for layout in layouts:
+        kind, precision, *optimizer = layout.split(", ")
         way = model, precision, kind == "compact", args.gpus
         tokens = args.micro_batch_size * args.seq_len
-        state, needed = bytes_per_gpu(*way, tokens, True)
+        state, needed = bytes_per_gpu(*way, tokens, True, bool(optimizer))
         row = [layout, f"{state * args.gpus / 1e9:.1f}"]
         if args.gpus > 1:
             row.append(f"{needed / 1e9:.1f}")
@@ -260,7 +168,8 @@ def print_table(args, model):
             fits = {False: "-", True: "-"}
             for recompute in fits:
                 for size in MICRO_BATCHES:
-                    _, needed = bytes_per_gpu(*way, size * args.seq_len, recompute)
+                    tokens = size * args.seq_len
+                    _, needed = bytes_per_gpu(*way, tokens, recompute, bool(optimizer))
                     if needed <= memory and size <= args.batch_size // args.gpus:
                         fits[recompute] = size
             row.append(f"{fits[False]} / {fits[True]}")
@@ -280,13 +189,15 @@ def device_memory(gpus):
 
 def check_memory(args, model):
     """Print what the largest training of the run needs. Return the problems."""
+    from tools.memory import bytes_per_gpu
+
     whole = [method for method in args.methods if method not in COMPACT]
     if args.compact == "1" and whole:
         print(f"{' '.join(whole)} cannot be compact, so the memory is that of masked training")
     compact = args.compact == "1" and not whole
     tokens = args.micro_batch_size * args.seq_len
     way = model, args.precision, compact, args.gpus, tokens, args.gradient_checkpointing
-    state, needed = bytes_per_gpu(*way)
+    state, needed = bytes_per_gpu(*way, args.optimizer != "adamw")
     has, name = device_memory(args.gpus)
     print(
         f"memory of a process: {state / 1e9:.1f} GB of weights, gradients and moments, "
@@ -376,6 +287,8 @@ def check_disk(args, weights, itemsize, download):
 
 def plan(args):
     """Print the plan. Return the problems."""
+    from tools.memory import half_of_each_matrix
+
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
         return problems

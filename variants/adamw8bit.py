@@ -2,8 +2,9 @@
 
 A block of 256 values of a moment is kept as 256 codes of 8 bits and one fp32 scale, so that both
 moments take 2.03 bytes a weight instead of 8. Parameters that blocks do not fit keep fp32 moments.
-Each update is computed in fp32 and rounded to bf16 at random, up or down, so that on average no
-update is lost. With --round-nearest it is rounded to the nearest, where small updates are lost.
+Each update is computed in fp32 and rounded to bf16 at random, up or down, so that on average none
+is lost. adamw8bit-nearest rounds to the nearest, which loses small updates. With --compact, columns
+have no copy: a trainable weight takes 6 bytes with its gradient and moments, a frozen one 2.
 """
 
 import importlib.metadata
@@ -13,26 +14,25 @@ import torch
 
 from variants.distributed import WORLD
 
+CHOICES = ("adamw", "adamw8bit", "adamw8bit-nearest")
 BLOCK = 256  # values that share a scale
 VERSION = "0.18.0"  # of torchao
 
 
 def check(args, error):
     """Call error(message) if the other arguments or this machine do not allow what is asked for."""
-    if args.optimizer != "adamw8bit":
-        if args.round_nearest:
-            error("--round-nearest needs --optimizer adamw8bit")
+    if args.optimizer == "adamw":
         return
     if args.precision != "bf16-true":
-        error("--optimizer adamw8bit needs --precision bf16-true")
+        error(f"--optimizer {args.optimizer} needs --precision bf16-true")
     if WORLD > 1:
-        error("--optimizer adamw8bit runs in one process. Start without torchrun")
+        error(f"--optimizer {args.optimizer} runs in one process. Start without torchrun")
     try:
         found = importlib.metadata.version("torchao")
     except importlib.metadata.PackageNotFoundError:
         found = None
     if found != VERSION:
-        error(f"--optimizer adamw8bit needs torchao: pip install torchao=={VERSION}")
+        error(f"--optimizer {args.optimizer} needs torchao: pip install torchao=={VERSION}")
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -13,8 +13,9 @@ So each nn.Linear with frozen columns becomes a CompactLinear:
 After each optimizer step, `write_columns` copies the columns into the matrix. Optimizer, clipping
 and checkpoints need no special case. The updates are those of masked training, up to rounding.
 
-With --optimizer adamw8bit, memory counts for more than time: in an InPlaceLinear, the columns are a
-view of the matrix, whose trainable columns come first. Its input is put into the same order.
+With 8-bit moments (adamw8bit.py), memory counts for more than time. In an InPlaceLinear, the
+columns are a view of the matrix, whose trainable columns come first, and its input is put into the
+same order.
 """
 
 import torch
