@@ -83,7 +83,7 @@ import json, subprocess, sys
 import torch
 from transformers import AutoModelForCausalLM
 import bench_train
-from tools import plan
+from tools import memory
 
 shape, way, *options = sys.argv[1:]
 command = [sys.executable, "tests/bench_train.py", "--shape", shape, "--worker", way, *options]
@@ -96,8 +96,8 @@ with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(bench_train.SHAPES[shape])
 sizes = {name: p.numel() for name, p in model.named_parameters()}
 tokens = int(value["--micro-batch-size"]) * int(value["--seq-len"])
-_, planned = plan.bytes_per_gpu(
-    (model.config, sizes, plan.half_of_each_matrix(model, 0.5)),
+_, planned = memory.bytes_per_gpu(
+    (model.config, sizes, memory.half_of_each_matrix(model, 0.5)),
     "bf16-true" if way == "bf16-true" else "bf16",
     way != "masked",
     1,
@@ -106,7 +106,7 @@ _, planned = plan.bytes_per_gpu(
 )
 speed = int(value["--batch-size"]) * int(value["--seq-len"]) / found["seconds"]
 said = f"{speed:,.0f} tokens/s, peak {found['bytes'] / 1e9:.1f} GB"
-said += f" of {(planned - plan.ALLOWANCE) / 1e9:.1f} planned"
+said += f" of {(planned - memory.ALLOWANCE) / 1e9:.1f} planned"
 if torch.cuda.is_available():
     card = torch.cuda.get_device_name()
     for name, peak in bench_train.PEAKS.items():
