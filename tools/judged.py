@@ -291,7 +291,8 @@ def find_judge(task, args, fail):
 def tokens_needed(task, rows, tokenizer, judge_tokenizer):
     """Return how many tokens a task takes of the model's context and of the judge's.
 
-    Of the prompts of t3, one in a hundred may be too long: its answer is empty, as in the original.
+    Of the prompts of t3, one in a hundred may be too long. Its answer is empty, and is counted in
+    `shortened` of the results, like all answers with less room than others have.
     """
     if task == "mtb":
         chats = [instruct.ask(tokenizer, row["turns"][1], [(row["turns"][0], "")]) for row in rows]
