@@ -401,12 +401,28 @@ def test_statements_are_paired_by_seed(tmp_path):
         evaluation(run, "fft", base * 1.30, 1.0, 20.0, seed=seed)
         if seed > 1:
             evaluation(run, "ssu-wanda", base * (1 + seed / 100), 1.0, 20.0, seed=seed)
-    found = statements.table(report.read_runs(folders, None), "Nepali")
+    found = statements.table({"embedded-ne": report.read_runs(folders, None)})
     row = [cell.strip() for cell in found[0].splitlines()[2].split("|")[1:-1]]
     assert row[:3] == ["Table 2", "SSU-Wanda keeps more English than FFT", "-3.4, -20.3"]
     ours = ["-2.5 ± 0.7, -30.0 ± 0.0", "+27.5 ± 0.7", "2", "agrees"]
     assert row[3:] == ours
     assert "1 agree, 0 disagree, 1 are not decided" in found[1]
+
+
+def test_statements_reach_over_folders_of_run_directories(tmp_path):
+    groups = {}
+    for folder, chat in (("embedded-ne", 1.02), ("calibration-8-ne", 1.025), ("ratio-ne", 1.9)):
+        for seed in (1, 2):
+            run = tmp_path / folder / str(seed)
+            evaluation(run, "source", 1.0, 2.0, 20.0)
+            evaluation(run, "ssu-wanda", chat, 1.0, 20.0)
+        runs = [tmp_path / folder / str(seed) for seed in (1, 2)]
+        groups[folder] = report.read_runs(runs, None)
+    assert statements.measured(groups, "source", "ssu-wanda") == pytest.approx({"1": -2, "2": -2})
+    assert statements.measured(groups, "source", "gmt") == {}
+    (row,) = [line for line in statements.table(groups)[0].splitlines() if "Table 5" in line]
+    assert "SSU-Wanda of calibration-8 keeps as much English as SSU-Wanda, within 1 " in row
+    assert "| -4.2, -4.0 " in row and "agrees" in row  # the paper's 128 examples, and its 500
 
 
 def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, capsys):
@@ -418,7 +434,7 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     (tmp_path / "more.json").write_text(
         '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 1.0]]}'
     )
-    blocks = ["tables results/embedded-ne/* --methods fft", "languages results/*/1"]
+    blocks = ["tables results/embedded-ne/*", "folders results/embedded-??/*"]
     blocks += ["statements results/embedded-ne/*", "paper OLMo-2-1124-7B-Instruct"]
     blocks += ["figures more.json", "tables results/none/*"]
     path = tmp_path / "page.md"
@@ -428,18 +444,21 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     path.write_text(text)
     report.main(["--page", str(path)])
     made = path.read_text()
-    assert made.count("Kept.") == len(blocks) and "old" not in made
+    assert made.count("Kept.") == len(blocks) and "\nold\n" not in made
     for part in (
         "| FFT     | 1.350 ± 0.071 (+35.0%)",
         "n = 2; evaluated on",
-        "| Nepali | 1.000 ",
+        "| embedded (n=2) | 1.000 ± 0.000 ",
         "| -32.4% ",
         "| a | 1.0000 |",
+        "![kept](results/embedded-ne/kept.png)",
         "Not measured: there is no evaluation in results/none/*.",
     ):
         assert part in made
+    picture = (tmp_path / "results/embedded-ne/kept.png").read_bytes()
     report.main(["--page", str(path)])
     assert path.read_text() == made
+    assert (tmp_path / "results/embedded-ne/kept.png").read_bytes() == picture
     path.write_text("<!-- report: tables -->\n<!-- end -->\n")
     assert "names no table" in fails(capsys, "--page", path)
     path.write_text("<!-- report: tables x -->\n")

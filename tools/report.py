@@ -2,7 +2,7 @@
 
     python tools/report.py runs/ne                       # report.md and pictures in runs/ne
     python tools/report.py runs/ne runs-43/ne --out DIR  # mean and standard deviation over seeds
-    python tools/report.py --page docs/RESULTS.md        # remake the tables in a page
+    python tools/report.py --page docs/RESULTS.md        # remake the tables of a page
 
 A run directory holds a directory for each method and one named source, each with the eval.json of
 evaluate.py and, where it was made, the chat.json of tools/chat_eval.py. The tables are laid out as
@@ -17,7 +17,6 @@ train.py made, METHOD/model/README.md.
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -31,109 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.identity import digest_of
 from evaluate import LANGUAGES, write_atomically
 from tools import page, pictures
-from tools.methods import display_name, in_order
-from tools.tables import (
-    COLUMNS,
-    TABLE_2,
-    ability_table,
-    columns_of,
-    has_table_2,
-    improvement,
-    look_up,
-    markdown,
-    measure,
-    notes,
-    table_2,
-)
+from tools.evaluations import fail, read_runs
+from tools.methods import display_name
+from tools.tables import COLUMNS, answers, improvement, look_up, markdown, measure, tables
 from variants import model_card
 
+ROOT = Path(__file__).resolve().parent.parent
 MARK = "Made by tools/report.py"  # in each file that this script writes, and may replace
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"report.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluations
-
-
-def read_json(path, form, script):
-    """Return the content of an eval.json or chat.json."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (content["format"], content["version"], type(content["results"])) != (form, 1, dict):
-            raise ValueError("another format or version")
-        content["settings"] |= {"lang": content["lang"]}
-    except (ValueError, LookupError, TypeError) as error:
-        fail(f"{path} cannot be read ({error}). Make it again with {script}")
-    return content
-
-
-def read_eval(folder):
-    """Return eval.json, with the results of chat.json if there is one of the same model."""
-    found = read_json(folder / "eval.json", "ssu-eval", "evaluate.py")
-    if (folder / "chat.json").exists():
-        chat = read_json(folder / "chat.json", "ssu-chat", "tools/chat_eval.py")
-        if chat["settings"].pop("model_sha256", None) != found["settings"].get("model_sha256"):
-            fail(f"{folder}/chat.json is of another model than eval.json. Make it again")
-        del chat["settings"]["lang"]  # that of eval.json
-        found["settings"] |= {f"chat {key}": value for key, value in chat["settings"].items()}
-        for task, numbers in chat["results"].items():
-            if judge := look_up(numbers, "source/judge"):
-                found["settings"][f"judge of {task}"] = judge
-        found["results"] |= chat["results"]
-    return found
-
-
-def check_settings(folder, settings, expected):
-    """Fail if two evaluations differ in more than the model: they cannot be compared."""
-    for key in sorted(settings.keys() - {"model_sha256"}):
-        if settings[key] != expected.get(key):
-            pair = f"{settings[key]}, and {expected.get(key)} of the source model"
-            fail(f"{folder} cannot be compared: {key} is {pair}. Evaluate one of them again")
-
-
-def read_runs(folders, chosen):
-    """Return {method: [eval.json of each run directory]}, in the order of the paper's tables."""
-    evals = {}
-    for folder in folders:
-        if not (folder / "source/eval.json").is_file():
-            fail(f"{folder}/source/eval.json is missing. Evaluate the source model first")
-        source = read_eval(folder / "source")
-        if evals:  # seeds may differ from one run directory to the next
-            seeds = {key: source["settings"].get(key) for key in ("seed", "chat seed")}
-            check_settings(folder, source["settings"], evals["source"][0]["settings"] | seeds)
-        for path in sorted(folder.glob("*/eval.json")):
-            method = path.parent.name
-            if method == "source" or not chosen or method in chosen:
-                found = read_eval(path.parent) | {"run": str(folder)}
-                check_settings(path.parent, found["settings"], source["settings"])
-                evals.setdefault(method, []).append(found)
-    for method in chosen or []:
-        if method not in evals:
-            fail(f"{folders[0]}/{method}/eval.json is missing. Evaluate it, or correct --methods")
-    return {run: evals[run] for run in in_order(evals)}
-
-
-def tables(evals):
-    """Return the parts of a report that are text: tables, and a line on what is in them."""
-    source = evals["source"][0]
-    values, lang = measure(evals), source["settings"]["lang"]
-    target = LANGUAGES[lang]["name"]
-    lines = []
-    shown = TABLE_2 if has_table_2(values) else []
-    if shown:
-        lines.append(table_2(evals, values, lang, target))
-        lines += notes(evals, [column for column in shown if ("source", column) in values])
-    for side, title in (("source", "English"), ("target", target)):
-        columns = [column for column in columns_of(side, values) if column not in shown]
-        if columns:
-            lines.append(ability_table(title, columns, evals, values))
-            lines += notes(evals, columns)
-    return lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,17 +125,6 @@ def draw(evals, folder, names, overlaps):
     return {name: figure for name, figure in figures.items() if figure}
 
 
-def answers(evals):
-    """Return the answers of all models to the first prompt of `chat`, as lines."""
-    lines = []
-    for method, runs in evals.items():
-        found = look_up(runs[0]["results"], "chat/answers")
-        if found:
-            lines = lines or [f"> {found[0]['prompt']}"]
-            lines.append(f"**{display_name(method)}:** {' '.join(found[0]['answer'].split())}")
-    return lines
-
-
 def add_to_cards(folders, chosen):
     """Write the results into the model cards that train.py made."""
     for folder in folders:
@@ -260,14 +152,22 @@ def add_to_cards(folders, chosen):
                 print(f"added the results to {path}")
 
 
-def report(folders, chosen, out):
+def from_root(path):
+    """Return a path from the repository's root, if it lies there."""
+    whole = path.resolve()
+    return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else path)
+
+
+def write_report(folders, chosen, out):
+    """Write report.md and its pictures. Return (the lines of report.md, the names of pictures)."""
     evals = read_runs(folders, chosen)
     masks = read_masks(folders[0], list(evals))
     names, overlaps = list(map(display_name, masks)), overlaps_of(masks)
     target = LANGUAGES[evals["source"][0]["settings"]["lang"]]["name"]
 
     # Text
-    lines = [f"# English kept, {target} gained", f"{MARK} from {', '.join(map(str, folders))}."]
+    lines = [f"# English kept, {target} gained"]
+    lines.append(f"{MARK} from {', '.join(map(from_root, folders))}.")
     lines.append("In brackets the change from Source. After ± the standard deviation over runs.")
     lines += tables(evals)
     if len(names) > 1:
@@ -289,8 +189,7 @@ def report(folders, chosen, out):
         os.replace(temporary, out / f"{name}.png")
         lines.append(f"![{name}]({name}.png)")
     write_atomically(str(out / "report.md"), "\n\n".join(lines) + "\n")
-    print("\n\n".join(lines), f"wrote {out}/report.md", sep="\n\n")
-    add_to_cards(folders, chosen)
+    return lines, list(figures)
 
 
 def main(argv=None):
@@ -306,9 +205,12 @@ def main(argv=None):
         parser.error("give run directories, or --page alone")
     try:
         if args.page:
-            page.remake(args.page, read_runs, tables, answers, fail)
+            page.remake(args.page, write_report)
         else:
-            report(args.runs, args.methods, args.out or args.runs[0])
+            out = args.out or args.runs[0]
+            lines, _ = write_report(args.runs, args.methods, out)
+            print("\n\n".join(lines), f"wrote {out}/report.md", sep="\n\n")
+            add_to_cards(args.runs, args.methods)
     except OSError as error:
         fail(f"{error.filename or ''} {error.strerror or error}")
     except KeyboardInterrupt:

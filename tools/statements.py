@@ -13,13 +13,15 @@ tested by itself.
 import math
 import statistics
 
+from data.evaluation import LANGUAGES
 from tools.methods import display_name
 from tools.tables import MT, PAPER, TABLE_2, look_up, markdown
 
 MODEL = "OLMo-2-1124-7B-Instruct"
 BPB = {"source": "bpb/source/heldout/bpb", "target": "bpb/target/heldout/bpb"}
 # Where it says so, the side, the method that is better, the other. With a margin: the first method
-# is as good as the other, within so many points.
+# is as good as the other, within so many points. "calibration-8/ssu-wanda" is ssu-wanda of the run
+# directories in calibration-8-ne.
 STATEMENTS = (
     ("Table 2", "source", "ssu-wanda", "fft"),
     ("Table 2", "source", "ssu-wanda", "adalora"),
@@ -42,6 +44,11 @@ STATEMENTS = (
     ("Table 4", "source", "ssu-fim", "ssu-rand"),
     ("Table 4", "source", "ssu-sparsegpt", "ssu-wanda", 1),
     ("Table 4", "source", "ssu-fim", "ssu-wanda", 1),
+    ("Table 5", "source", "calibration-short/ssu-wanda", "ssu-wanda", 1),
+    ("Table 5", "target", "calibration-short/ssu-wanda", "ssu-wanda", 1),
+    ("Table 5", "source", "calibration-8/ssu-wanda", "ssu-wanda", 1),
+    ("Table 5", "source", "calibration-128/ssu-wanda", "ssu-wanda", 1),
+    ("Table 5", "target", "calibration-128/ssu-wanda", "ssu-wanda", 1),
     ("Table 6", "source", "ssu-wanda", "lota-90"),
     ("Table 6", "source", "lota-90", "lota-50"),
     ("Table 6", "source", "s2ft-down", "ssu-wanda"),
@@ -57,12 +64,19 @@ STATEMENTS = (
     ("Figure 2", "source", "ssu-wanda@0.25", "hft@0.25"),
     ("Figure 2", "source", "ssu-wanda@0.75", "hft@0.75"),
 )
+# What the paper has in place of our chats and sizes: Alpaca, and a quarter of its examples
+IN_PAPER = {
+    "calibration-short/ssu-wanda": "ssu-wanda-alpaca",
+    "calibration-8/ssu-wanda": "ssu-wanda-128",
+    "calibration-128/ssu-wanda": "ssu-wanda-128",
+}
 # of Student's t, two-sided 95%, for n - 1 degrees of freedom
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def in_paper(where, side, method):
     """Return the paper's mean change in percent, or None where it gives no figure."""
+    method = IN_PAPER.get(method, method)
     languages = PAPER[MODEL].values() if where == "Table 2" else [PAPER[MODEL]["ig"]]
     columns = [i for i, column in enumerate(TABLE_2) if f"/{side}/" in column and column != MT[0]]
     if any(method not in numbers for numbers in languages):
@@ -74,15 +88,23 @@ def in_paper(where, side, method):
     return 100 * statistics.fmean(changes)
 
 
-def measured(evals, side, method):
-    """Return {run directory: improvement over Source in percent} of a method."""
+def measured(groups, side, method):
+    """Return {seed: improvement over Source in percent} of a method.
 
-    def of_runs(name):
-        found = {run["run"]: run["results"] for run in evals.get(name, [])}
-        return {run: look_up(results, BPB[side]) for run, results in found.items()}
-
-    base, found = of_runs("source"), of_runs(method)
-    return {run: 100 * (1 - found[run] / base[run]) for run in found if found[run]}
+    groups: {folder of run directories: their evaluations}. A run directory is named by its seed.
+    Of runs that several folders have, those of the first count.
+    """
+    folder, _, method = method.rpartition("/")
+    changes = {}
+    for name, evals in groups.items():
+        if folder and not name.startswith(f"{folder}-"):
+            continue
+        base = {run["run"]: look_up(run["results"], BPB[side]) for run in evals["source"]}
+        for run in evals.get(method, []):
+            number = look_up(run["results"], BPB[side])
+            if number and run["run"] not in changes:
+                changes[run["run"]] = 100 * (1 - number / base[run["run"]])
+    return changes
 
 
 def interval(differences):
@@ -115,19 +137,24 @@ def figure(numbers):
 
 
 def sentence(side, a, b, margin, target):
-    a, b = display_name(a), display_name(b)
+    a, b = (" of ".join(map(display_name, reversed(name.split("/")))) for name in (a, b))
     what = "keeps {} English" if side == "source" else f"gains {{}} {target}"
     if margin is None:
         return f"{a} {what.format('more')} than {b}"
     return f"{a} {what.format('as much')} as {b}, within {margin}"
 
 
-def table(evals, target):
-    """Return a table with a row for each statement on methods that were measured, and a count."""
+def table(groups):
+    """Return a table with a row for each statement on methods that were measured, and a count.
+
+    groups: {folder of run directories: their evaluations}.
+    """
+    lang = next(iter(groups.values()))["source"][0]["settings"]["lang"]
+    target = LANGUAGES[lang]["name"]
     head = ["Paper", "Statement", "Its figures, %", "Ours, %", "Difference", "n", "Verdict"]
     rows, counts = [head], {"agrees": 0, "disagrees": 0, "not decided": 0}
     for where, side, a, b, *margin in STATEMENTS:
-        ours, other = measured(evals, side, a), measured(evals, side, b)
+        ours, other = measured(groups, side, a), measured(groups, side, b)
         runs = sorted(ours.keys() & other.keys())
         if not runs:
             continue

@@ -8,6 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
+from data.evaluation import LANGUAGES
 from tools.methods import display_name
 
 PAPER = json.loads(Path(__file__).with_name("paper_numbers.json").read_text(encoding="utf-8"))
@@ -232,3 +233,32 @@ def improvement(values, methods, side):
         found[method] = [statistics.fmean(run) for run in zip(*changes, strict=True)]
     names = [COLUMNS[column][:-2] for column in columns]
     return names[0] if len(names) == 1 else f"mean of {len(names)} tasks", found
+
+
+def tables(evals):
+    """Return the parts of a report that are text: tables, and a line on what is in them."""
+    source = evals["source"][0]
+    values, lang = measure(evals), source["settings"]["lang"]
+    target = LANGUAGES[lang]["name"]
+    lines = []
+    shown = TABLE_2 if has_table_2(values) else []
+    if shown:
+        lines.append(table_2(evals, values, lang, target))
+        lines += notes(evals, [column for column in shown if ("source", column) in values])
+    for side, title in (("source", "English"), ("target", target)):
+        columns = [column for column in columns_of(side, values) if column not in shown]
+        if columns:
+            lines.append(ability_table(title, columns, evals, values))
+            lines += notes(evals, columns)
+    return lines
+
+
+def answers(evals):
+    """Return the answers of all models to the first prompt of `chat`, as lines."""
+    lines = []
+    for method, runs in evals.items():
+        found = look_up(runs[0]["results"], "chat/answers")
+        if found:
+            lines = lines or [f"> {found[0]['prompt']}"]
+            lines.append(f"**{display_name(method)}:** {' '.join(found[0]['answer'].split())}")
+    return lines

@@ -1,0 +1,71 @@
+"""Read the evaluations of run directories for tools/report.py. Refuse what cannot be compared."""
+
+import json
+import sys
+
+from tools.methods import in_order
+from tools.tables import look_up
+
+
+def fail(message):
+    """Print an error that the user can fix, in one line, and exit with code 2."""
+    print(f"report.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_json(path, form, script):
+    """Return the content of an eval.json or chat.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content["format"], content["version"], type(content["results"])) != (form, 1, dict):
+            raise ValueError("another format or version")
+        content["settings"] |= {"lang": content["lang"]}
+    except (ValueError, LookupError, TypeError) as error:
+        fail(f"{path} cannot be read ({error}). Make it again with {script}")
+    return content
+
+
+def read_eval(folder):
+    """Return eval.json, with the results of chat.json if there is one of the same model."""
+    found = read_json(folder / "eval.json", "ssu-eval", "evaluate.py")
+    if (folder / "chat.json").exists():
+        chat = read_json(folder / "chat.json", "ssu-chat", "tools/chat_eval.py")
+        if chat["settings"].pop("model_sha256", None) != found["settings"].get("model_sha256"):
+            fail(f"{folder}/chat.json is of another model than eval.json. Make it again")
+        del chat["settings"]["lang"]  # that of eval.json
+        found["settings"] |= {f"chat {key}": value for key, value in chat["settings"].items()}
+        for task, numbers in chat["results"].items():
+            if judge := look_up(numbers, "source/judge"):
+                found["settings"][f"judge of {task}"] = judge
+        found["results"] |= chat["results"]
+    return found
+
+
+def check_settings(folder, settings, expected):
+    """Fail if two evaluations differ in more than the model: they cannot be compared."""
+    for key in sorted(settings.keys() - {"model_sha256"}):
+        if settings[key] != expected.get(key):
+            pair = f"{settings[key]}, and {expected.get(key)} of the source model"
+            fail(f"{folder} cannot be compared: {key} is {pair}. Evaluate one of them again")
+
+
+def read_runs(folders, chosen):
+    """Return {method: [eval.json of each run directory]}, in the order of the paper's tables."""
+    evals = {}
+    for folder in folders:
+        if not (folder / "source/eval.json").is_file():
+            fail(f"{folder}/source/eval.json is missing. Evaluate the source model first")
+        source = read_eval(folder / "source")
+        if evals:  # seeds may differ from one run directory to the next
+            seeds = {key: source["settings"].get(key) for key in ("seed", "chat seed")}
+            check_settings(folder, source["settings"], evals["source"][0]["settings"] | seeds)
+        for path in sorted(folder.glob("*/eval.json")):
+            method = path.parent.name
+            if method == "source" or not chosen or method in chosen:
+                found = read_eval(path.parent) | {"run": folder.name}
+                check_settings(path.parent, found["settings"], source["settings"])
+                evals.setdefault(method, []).append(found)
+    for method in chosen or []:
+        if method not in evals:
+            fail(f"{folders[0]}/{method}/eval.json is missing. Evaluate it, or correct --methods")
+    return {run: evals[run] for run in in_order(evals)}
