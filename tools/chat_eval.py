@@ -329,8 +329,12 @@ def expected(args, rows, texts):
     return keys
 
 
-def answer_everything(args, folder, config, tokenizer, manager, rows, texts, items):
-    """Pass 1: load the evaluated model, and save all its answers."""
+def answer_everything(args, found, manager, rows, texts, items):
+    """Load the evaluated model and save all its answers. found: its folder, config, tokenizer.
+
+    manager: lm-eval's; rows: instructions of ae2; texts: what judged.read returned.
+    """
+    folder, config, tokenizer = found
     done, save = items
     model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
     context = evaluate.context_of(config) or 2**40
@@ -345,8 +349,8 @@ def answer_everything(args, folder, config, tokenizer, manager, rows, texts, ite
         for task in HARNESS:
             if task in args.tasks and (task, number, 0) not in done:
                 seed, limit = args.seed + number, args.num_questions
-                found = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
-                save({"task": task, "run": number, "id": 0, "samples": found})
+                samples = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
+                save({"task": task, "run": number, "id": 0, "samples": samples})
         if rows:
             asked = instructions(tokenizer, rows)
             ask_all(loaded, "ae2", number, asked, NEW_TOKENS["ae2"], sampling, args, items)
@@ -390,8 +394,10 @@ def run(args):
     done, _ = items
 
     # Answer and judge, and save each item
-    if expected(args, rows, texts) - done.keys():
-        answer_everything(args, folder, config, tokenizer, manager, rows, texts, items)
+    left = expected(args, rows, texts) - done.keys()
+    print(f"{args.model} on {args.device} in {args.dtype}: {len(left)} items to make")
+    if left:
+        answer_everything(args, (folder, config, tokenizer), manager, rows, texts, items)
     if rows:
         for number in range(args.runs):
             write_for_judge(f"{stem}.ae2-{number}.json", rows, number, done, args.model)

@@ -400,7 +400,10 @@ def load_judge(judge, task, args, fail):
 def judge_all(judge, task, rows, args, items, fail):
     """Let the judge of a task judge all answers that it has not judged yet."""
     done, _ = items
-    if all((f"{task}-judge", *name) in done for name in names_of(task, rows, args)):
+    name = getattr(args, f"{task}_judge")
+    left = {(f"{task}-judge", *key) for key in names_of(task, rows, args)} - done.keys()
+    print(f"{name}: {len(left)} answers of {task} to judge")
+    if not left:
         return
     loaded = load_judge(judge, task, args, fail)
     _, tokenizer, *_ = loaded
