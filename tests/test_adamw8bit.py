@@ -103,6 +103,25 @@ def test_an_update_is_adamw_with_moments_rounded_to_levels(way):
 
 
 @pytest.mark.slow
+def test_the_update_that_a_gpu_compiles_is_the_same():
+    found = {}
+    for way in ("eager", "compiled"):
+        torch.manual_seed(0)
+        whole = torch.randn(64, 256).bfloat16()
+        weight = torch.nn.Parameter(whole[:, :128])
+        optimizer = made(weight, stochastic=False)
+        if way == "compiled":
+            optimizer.adam = torch.compile(optimizer.adam, fullgraph=True, dynamic=False)
+        for _ in range(3):
+            weight.grad = torch.randn(weight.shape).bfloat16()
+            optimizer.step()
+        found[way] = whole, moment(optimizer, weight, "exp_avg_sq")
+    (eager, v), (compiled, other) = found.values()
+    assert (eager == compiled).float().mean() > 0.99
+    assert torch.allclose(v, other, rtol=0.1, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_random_rounding_loses_no_update_on_average():
     moved = {}
     for stochastic in (False, True):

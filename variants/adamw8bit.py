@@ -9,6 +9,7 @@ have no copy: a trainable weight takes 6 bytes with its gradient and moments, a 
 
 import importlib.metadata
 import logging
+import shutil
 
 import torch
 
@@ -27,6 +28,8 @@ def check(args, error):
         error(f"--optimizer {args.optimizer} needs --precision bf16-true")
     if WORLD > 1:
         error(f"--optimizer {args.optimizer} runs in one process. Start without torchrun")
+    if args.device == "cuda" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        error(f"--optimizer {args.optimizer} needs a C compiler on a GPU: install gcc")
     try:
         found = importlib.metadata.version("torchao")
     except importlib.metadata.PackageNotFoundError:
