@@ -168,6 +168,8 @@ def write_report(folders, chosen, out):
     # Text
     lines = [f"# English kept, {target} gained"]
     lines.append(f"{MARK} from {', '.join(map(from_root, folders))}.")
+    if model := evals["source"][0].get("model"):
+        lines.append(f"Source is {model}.")
     lines.append("In brackets the change from Source. After ± the standard deviation over runs.")
     lines += tables(evals)
     if len(names) > 1:

@@ -42,7 +42,7 @@ COLUMNS = {
 }
 TABLE_2 = PAPER["columns"]
 MT = ("mt/source/chrf", "mt/target/chrf")
-DIGITS = {"chrf": 2, "win_rate": 1, "score": 2, "stop_rate": 2, "repetition": 2, "english_share": 2}
+DIGITS = {"chrf": 1, "win_rate": 1, "score": 2, "stop_rate": 2, "repetition": 2, "english_share": 2}
 NO_CHANGE = ("chat/", "codemix/")  # fractions whose change in percent says nothing
 PUBLISHED = {  # the endings of the authors' checkpoints, as in ssu-project/<model>-<language>-ssu
     "fft": "fft",
@@ -167,17 +167,22 @@ def paper_row(model, lang, method):
     return cells
 
 
-def table_2(evals, values, lang, target):
-    """Return the paper's Table 2 for these runs, the paper's own numbers below ours."""
-    model, source = of_paper(evals["source"][0].get("model"), lang)
-    heads = []
+def heads_of_table_2(lang):
+    """Return {column: heading} with the language in it, "MT en→ne ↑" for instance."""
+    heads = {}
     for column in TABLE_2:
         head = COLUMNS[column].replace(" chrF++", "").replace("X", lang)
         if column.startswith(("sum", "mrc", "mmlu")):
             task, arrow = head.split()
             head = f"{task} {lang if '/target' in column else 'en'} {arrow}"
-        heads.append(head)
-    rows = [[f"Table 2, {target}", *heads]]
+        heads[column] = head
+    return heads
+
+
+def table_2(evals, values, lang, target):
+    """Return the paper's Table 2 for these runs, the paper's own numbers below ours."""
+    model, source = of_paper(evals["source"][0].get("model"), lang)
+    rows = [[f"Table 2, {target}", *heads_of_table_2(lang).values()]]
     if source not in (None, "source"):
         rows.append(["Source in the paper", *paper_row(model, lang, "source")])
     for run in evals:
@@ -189,17 +194,17 @@ def table_2(evals, values, lang, target):
     return markdown(rows)
 
 
-def notes(evals, columns):
-    """Return a line on the numbers of items, and one on judges that could not be parsed."""
+def notes(evals, heads):
+    """Return a line on the numbers of items, and one on judges. heads: {column: heading}."""
     source = evals["source"][0]["results"]
     sizes, judges = [], []
-    for column in columns:
+    for column, head in heads.items():
         found = look_up(source, column.rpartition("/")[0]) or {}
         size = found.get("n") or found.get("documents")
         if size:
-            sizes.append(f"{COLUMNS[column][:-2]} {size}")
+            sizes.append(f"{head[:-2]} {size}")
         if "judge" in found:
-            judges.append(f"{COLUMNS[column][:-2]} by {found['judge']['name']}")
+            judges.append(f"{head[:-2]} by {found['judge']['name']}")
         if "unparsed" in found:
             path = column.rpartition("/")[0] + "/unparsed"
             unparsed = max(look_up(run["results"], path) or 0 for run in sum(evals.values(), []))
@@ -241,15 +246,15 @@ def tables(evals):
     values, lang = measure(evals), source["settings"]["lang"]
     target = LANGUAGES[lang]["name"]
     lines = []
-    shown = TABLE_2 if has_table_2(values) else []
+    shown = heads_of_table_2(lang) if has_table_2(values) else {}
     if shown:
         lines.append(table_2(evals, values, lang, target))
-        lines += notes(evals, [column for column in shown if ("source", column) in values])
+        lines += notes(evals, {c: head for c, head in shown.items() if ("source", c) in values})
     for side, title in (("source", "English"), ("target", target)):
         columns = [column for column in columns_of(side, values) if column not in shown]
         if columns:
             lines.append(ability_table(title, columns, evals, values))
-            lines += notes(evals, columns)
+            lines += notes(evals, {column: COLUMNS[column] for column in columns})
     return lines
 
 
