@@ -1,6 +1,8 @@
 """tools/report.py: tables over seeds, mask overlap, pictures, and what cannot be compared."""
 
 import json
+import re
+import shutil
 import statistics
 import sys
 
@@ -466,6 +468,19 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     assert "needs comments" in fails(capsys, "--page", path)
     path.write_text("<!-- report: tabels results/embedded-ne/1 -->\n<!-- end -->\n")
     assert "names no table" in fails(capsys, "--page", path)
+
+
+@pytest.mark.slow
+def test_the_results_of_this_repository_are_made_from_its_evaluations(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for module in (report, report.page):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    report.main(["--page", str(tmp_path / "docs/RESULTS.md")])
+    for path in (tmp_path / "docs/RESULTS.md", *tmp_path.glob("results/*/report.md")):
+        assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), path
+    prose = report.page.BLOCK.sub("", (ROOT / "docs/RESULTS.md").read_text())
+    assert not re.findall(r"[\d.]+ ?%(?! interval)|\d ± ", prose)  # no figure typed by hand
 
 
 # What is refused
