@@ -15,7 +15,7 @@ import train
 from tools import pictures, report
 from variants import model_card
 
-SUMMARY = {"frozen_verified": 60, "trainable": 40, "moved": 39}
+SUMMARY = {"frozen_verified": 60, "trainable": 40, "moved": 39, "commit": "abc"}
 
 
 def arguments(tmp_path, **changes):
@@ -52,7 +52,14 @@ def test_a_model_of_the_hub_and_a_preset(source, tmp_path):
     assert data["license_link"] == "LICENSE" and data["datasets"] == ["allenai/MADLAD-400"]
     assert data["library_name"] == "transformers" and "model-index" not in data
     assert f"# {source.name}-ig-fft\n" in card.text and "Not copied" not in card.text
-    for part in (f"commit {COMMIT}", "Igbo", "full fine-tuning", "60 of 100", "39 of 40"):
+    for part in (
+        f"commit {COMMIT}",
+        "Igbo",
+        "full fine-tuning",
+        "60 of 100",
+        "39 of 40",
+        "commit abc",
+    ):
         assert part in card.text
     methods = {"gmt_ratio": 0.5}, {"adalora": True}
     names = [model_card.describe_method(arguments(tmp_path, **m)) for m in methods]
@@ -97,10 +104,11 @@ def test_train_saves_a_card_with_the_model(trained):
     assert data["license"] == "apache-2.0" and data["base_model"] == "org/base"
     assert data["language"] == ["en", "ne"] and "datasets" not in data
     summary = json.loads((trained / "hft@0.25/train.jsonl").read_text().splitlines()[-1])["summary"]
-    assert "# tiny-chat-ne-hft-0.25\n" in card.text and "| HFT, ratio 0.25 |" in card.text
+    assert "# base-ne-hft-0.25\n" in card.text and "| HFT, ratio 0.25 |" in card.text
     total = summary["frozen_verified"] + summary["trainable"]
     assert f"{summary['frozen_verified']:,} of {total:,}" in card.text
     assert str(trained.parent) not in card.content  # no path of this machine
+    assert "| org/base, in a local directory named tiny-chat |" in card.text
     assert "Old text" not in card.text and "Not evaluated yet." in card.text
 
 
@@ -115,7 +123,7 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
     report.main([str(run)])
     card = ModelCard.load(path)
     assert "| HFT 0.25 | 1.100 (+10.0%)" in card.text and "Not evaluated" not in card.text
-    assert "A remark of its owner." in card.text and card.data.model_name == "tiny-chat-ne-hft-0.25"
+    assert "A remark of its owner." in card.text and card.data.model_name == "base-ne-hft-0.25"
     results = {result.metric_name: result for result in card.data.eval_results}
     chat = results["chat bpb"]
     assert (chat.metric_type, chat.metric_value, chat.dataset_config) == ("bpb", 1.1, "ne")

@@ -34,12 +34,12 @@ OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with moments of 8 bits"}
 TEXT = """
 # {title}
 
-{base_name}, adapted to {language} by continued pre-training on raw text, with the method {method}
-of [Source-Shielded Updates](https://arxiv.org/abs/2512.04844).
+{base_name}, adapted to {language} by continued pre-training on raw text. Method: {method}.
+Made by the scripts of an implementation of [Source-Shielded Updates](https://arxiv.org/abs/2512.04844).
 
 | | |
 |---|---|
-| source model | {base_name}{commit} |
+| source model | {base_name}{where} |
 | method | {method} |
 | frozen weights | {frozen:,} of {total:,}, compared bit by bit with the source model |
 | trained weights that moved | {moved:,} of {trainable:,} |
@@ -47,6 +47,7 @@ of [Source-Shielded Updates](https://arxiv.org/abs/2512.04844).
 | training | {steps:,} steps of {batch_size} sequences of {seq_len} tokens |
 | optimizer | {optimizer}, learning rate {lr}, weight decay {weight_decay}, precision {precision} |
 | seed | {seed} |
+| scripts | commit {scripts} |
 | license | {license} |
 
 ## Results
@@ -60,8 +61,8 @@ Not evaluated yet.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("OWNER/{title}")
+model = AutoModelForCausalLM.from_pretrained("OWNER/{title}")
 ```
 
 Tokenizer, chat template and generation settings are those of the source model.
@@ -71,8 +72,11 @@ Tokenizer, chat template and generation settings are those of the source model.
 def source_card(name, directory, commit):
     """Return (hub id or None, metadata) of the source model, {} where it has no readable card."""
     hub_id = None if Path(name).is_dir() else name
+    path = directory / "README.md"
+    if not hub_id and not path.exists():
+        print(f"{name} has no README.md, so the model card names no license")
+        return None, {}
     try:
-        path = directory / "README.md"
         if hub_id:
             path = hf_hub_download(name, "README.md", revision=commit)
         card = ModelCard.load(path, ignore_metadata_errors=True)
@@ -115,7 +119,9 @@ def make(args, directory, commit, summary):
     hub_id, source = source_card(args.model, directory, commit)
     lang, text, dataset = describe_text(args.data)
     method = describe_method(args)
-    base_name = hub_id or Path(args.model).resolve().name
+    folder = Path(args.model).resolve().name
+    base_name = hub_id or str(source.get("base_model") or folder)
+    where = f", commit {commit}" if hub_id else f", in a local directory named {folder}"
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.resolve().name)  # e.g. ssu-wanda-0.25
     title = "-".join(filter(None, [base_name.rpartition("/")[2], lang, suffix]))
     languages = source.get("language") or ["en"]
@@ -134,7 +140,8 @@ def make(args, directory, commit, summary):
     body = TEXT.format(
         title=title,
         base_name=base_name,
-        commit=f", commit {commit}" if commit else "",
+        where=where,
+        scripts=summary["commit"] or "unknown",
         language=LANGUAGES[lang]["name"] if lang in LANGUAGES else lang or "another language",
         method=method,
         frozen=frozen,
