@@ -138,7 +138,7 @@ def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, t
 def static_mask(method, model, chats, out):
     """The mask file of any static method, by the real scripts."""
     scores = out.with_name("scores")
-    if method in ("hft", "s2ft-down", "s2ft-down-output"):
+    if method in make_mask.METHODS:
         ratio = ["--ratio", "0.9"] if method != "hft" else []  # 1.5% of 48 channels would be none
         make_mask.main(["--method", method, "--model", str(model), "--out", str(out), *ratio])
     elif method == "lota":
@@ -200,6 +200,7 @@ def model_kind(folder):
         pytest.param("fim", marks=pytest.mark.slow),
         pytest.param("s2ft-down", marks=pytest.mark.slow),
         pytest.param("s2ft-down-output", marks=pytest.mark.slow),
+        pytest.param("s2ft-down-embeddings", marks=pytest.mark.slow),
     ],
 )
 def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, request):
