@@ -115,7 +115,7 @@ if torch.cuda.is_available():
 print(said)
 END
 train() {  # SHAPE WAY MICRO_BATCH OPTION...
-    check "train $1 $2, ${*:4} micro-batch $3" 150 "$python" "$work/training.py" "$1" "$2" \
+    check "train $1 $2, micro-batch $3 ${*:4}" 150 "$python" "$work/training.py" "$1" "$2" \
         --device "$device" --micro-batch-size "$3" "${size[@]}" "${@:4}"
 }
 for way in masked compact bf16-true; do
