@@ -1,6 +1,6 @@
 """Judge the answers of ae2 as in the paper: AlpacaEval 2, by GPT-4.1 nano, a paid API.
 
-    pip install alpaca-eval==0.6.6 "scikit-learn<1.10"
+    pip install alpaca-eval==0.6.6 "scikit-learn<1.10" "setuptools<81"
     OPENAI_API_KEY=... python tools/ae2.py runs/ne/*/chat.json
 
 chat_eval.py writes the answers of each run beside chat.json. For each answer, alpaca_eval asks the
@@ -141,7 +141,7 @@ def run(args):
     try:
         import alpaca_eval
     except ImportError as error:
-        package = "alpaca-eval==0.6.6 'scikit-learn<1.10'"
+        package = "alpaca-eval==0.6.6 'scikit-learn<1.10' 'setuptools<81'"
         fail(f"ae2 is judged by alpaca_eval: pip install {package} ({error})")
     reference = reference_answers()
     prompt = Path(alpaca_eval.__file__).parent / "evaluators_configs" / PROMPT
