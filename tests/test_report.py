@@ -119,7 +119,9 @@ def test_tables_of_one_run(tmp_path, capsys):
     assert english[4][1:] == ["1.100 (+10.0%)", "19.0 (-5.0%)", "1.00", "0.00", "0.50"]
     assert nepali[4][1:] == ["1.000 (-50.0%)", "38.0 (-5.0%)"]
     assert "chat bpb 3, MT X→en chrF++ 5" in (tmp_path / "report.md").read_text()
+    evaluation(tmp_path, "source", 1.0, 2.0, 0.0)  # no change can be told from zero
     report.main([str(tmp_path), "--methods", "fft", "--out", str(tmp_path / "some")])
+    assert [row[2] for row in tables(tmp_path / "some")[0][2:]] == ["0.0", "10.0"]
     assert [row[0] for row in tables(tmp_path / "some")[0][2:]] == ["Source", "FFT"]
 
 

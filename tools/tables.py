@@ -107,7 +107,7 @@ def number_text(number, column):
 def cell(numbers, base, column):
     """Return "1.046 ± 0.002 (+2.7%)": mean, deviation over run directories, change from `base`.
 
-    Without a base (None) there is no change. Without numbers, as where no answer had a letter to
+    Without a base, or from zero, there is no change. Without numbers, as where no answer had a letter to
     judge, the cell is "-".
     """
     if not numbers:
@@ -116,7 +116,7 @@ def cell(numbers, base, column):
     text = number_text(mean, column)
     if len(numbers) > 1:
         text += f" ± {number_text(statistics.stdev(numbers), column)}"
-    if base and not column.startswith(NO_CHANGE):
+    if base and any(base) and not column.startswith(NO_CHANGE):
         change = round(100 * (mean / statistics.fmean(base) - 1), 1) + 0.0  # not -0.0
         text += f" ({change:+.1f}%)"
     return text
