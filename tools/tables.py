@@ -107,8 +107,8 @@ def number_text(number, column):
 def cell(numbers, base, column):
     """Return "1.046 ± 0.002 (+2.7%)": mean, deviation over run directories, change from `base`.
 
-    Without a base, or from zero, there is no change. Without numbers, as where no answer had a letter to
-    judge, the cell is "-".
+    Without a base, or from zero, there is no change. Without numbers, as where no answer had a
+    letter to judge, the cell is "-".
     """
     if not numbers:
         return "-"
