@@ -66,8 +66,8 @@ def start(args):
         fail(f"--batch-size {args.batch_size}: not a multiple of the {WORLD} ranks. Change it")
     if args.adalora or args.precision == "fp16":
         fail("--adalora and --precision fp16 run in one process. Start without torchrun")
-    join(args.device, args.timeout)
     quiet()
+    join(args.device, args.timeout)
 
 
 def join(device, timeout):
