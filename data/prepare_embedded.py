@@ -76,7 +76,15 @@ MODEL_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "README.md",
 ]
+MODEL_CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+language:
+- en
+---
+"""
 TRAIN_LINES, HELDOUT_LINES, PAIR_LINES = 3000, 600, 200
 # Percent of the CLDR lines.
 KINDS = {"date": 20, "time": 10, "relative": 15, "unit": 20, "place": 20, "amount": 15}
@@ -528,6 +536,7 @@ def convert_model(gguf, folder):
     shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
+    (tmp / "README.md").write_text(MODEL_CARD, encoding="utf-8")  # the license, for later cards
     # Keep what a reader needs, under a class name that transformers 4, vLLM and lm-eval know too.
     config = json.loads((tmp / "tokenizer_config.json").read_text(encoding="utf-8"))
     config = {name: config[name] for name in sorted(config) if name.endswith("_token")}

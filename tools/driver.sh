@@ -63,7 +63,7 @@ choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest 
 
 read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
     choose_nproc
-    read -ra methods <<< "${METHODS:-fft ssu-wanda}"
+    read -ra methods <<< "${METHODS-fft ssu-wanda}"
     read -ra ratios <<< "${RATIOS:-0.5}"
     read -ra tasks <<< "${TASKS//,/ }"
     evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
@@ -78,8 +78,8 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     case $CALIBRATION in tulu|alpaca) ;; *) score_inputs=("$CALIBRATION") ;; esac
 }
 
-folder_sha256() {  # FOLDER: the digest of all files in it
-    find "$1" -maxdepth 1 -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
+folder_sha256() {  # FOLDER: the digest of all files in it, but for the model card
+    find "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
 }
 
 require() {  # FILE...: fail unless all are there and not empty
