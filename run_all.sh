@@ -9,11 +9,11 @@
 #   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
 # with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
-#              s2ft-down-output ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-{row,element}
+#              s2ft-down-{output,embeddings} ssu-{mag,wanda,sparsegpt,fim} ssu-wanda-{row,element}
 #   RATIOS     0.5: fractions of the columns to freeze, each giving a model
 #   PROFILE    embedded or paper: the defaults of data/embedded.sh or data/paper.sh. They set MODEL,
 #              DATA_DIR, RUNS, STEPS, TASKS, PRECISION, CALIBRATION and NUM_SAMPLES if you do not
-#   NPROC      number of GPUs: processes    SEED  42    COMPACT  0: 1 trains with --compact
+#   NPROC      number of GPUs    SEED  42    COMPACT  0: 1 trains with --compact    OPTIMIZER  adamw
 #   FLORES     ungated or gated    LANGUAGE_ID glotlid or script    FLASH_ATTN 0: 1 installs it
 set -eEuo pipefail
 cd "$(dirname "$0")"
@@ -22,7 +22,7 @@ if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
 [[ $# = 1 || "$# ${2:-}" = "2 --dry-run" ]] || fail "usage: bash run_all.sh LANG [--dry-run]"
 
 # The profile, its values, yours. Bad ones are refused before anything is installed or written.
-lang=$1; choose_profile
+lang=$1; : "${OPTIMIZER:=adamw}"; choose_profile
 . "data/$PROFILE.sh"
 : "${SEED:=42}" "${COMPACT:=0}" "${FLASH_ATTN:=0}" "${FLORES:=ungated}" "${LANGUAGE_ID:=glotlid}"
 read_lists  # methods, ratios and tasks are arrays from here on
@@ -30,7 +30,7 @@ plan=(tools/plan.py --model "$MODEL" --lang "$lang" --profile "$PROFILE" --data-
     --runs "$RUNS" --methods "${methods[@]}" --ratios "${ratios[@]}" --tasks "${tasks[@]}"
     --steps "$STEPS" --precision "$PRECISION" --compact "$COMPACT" --calibration "$CALIBRATION"
     --num-samples "$NUM_SAMPLES" --seed "$SEED" --flores "$FLORES" --language-id "$LANGUAGE_ID"
-    --gpus "$NPROC" "${batch[@]}")
+    --gpus "$NPROC" --optimizer "$OPTIMIZER" "${batch[@]}")
 "${PYTHON:-python3}" "${plan[@]}" --check || exit
 echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION, processes: $NPROC"
 
@@ -38,7 +38,7 @@ echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION, processes: $NPROC"
 . ./setup.sh requirements.txt data/requirements.txt
 run python "${plan[@]}"
 if [ "${2:-}" = --dry-run ]; then exit; fi
-install_for "${methods[@]}" "${tasks[@]}"
+install_for "${methods[@]}" "${tasks[@]}" "$OPTIMIZER"
 
 # One run at a time in a folder. Its stages hold the lock too.
 run=$RUNS/$lang; mkdir -p "$run"; exec 9> "$run/.lock"
@@ -55,7 +55,7 @@ require "${texts[@]}" "${score_inputs[@]}"
 [ ! -d "$MODEL" ] || model_sha256=$(folder_sha256 "$MODEL")
 
 train=(python train.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --precision "$PRECISION"
-    "${train_options[@]}")
+    --optimizer "$OPTIMIZER" "${train_options[@]}")
 score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source language
     scores=$run/scores-$1.safetensors; [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
     stage "$scores" "${score_inputs[@]}" -- python score.py --model "$MODEL" --out "$scores" \

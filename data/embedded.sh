@@ -5,7 +5,7 @@ if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] ||
     grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo; then precision=bf16; fi
 : "${DATA_DIR:=data/embedded}" "${MODEL:=data/embedded/model}" "${RUNS:=runs}"
 : "${CALIBRATION:=$DATA_DIR/en/calibration.jsonl}" "${NUM_SAMPLES:=32}" "${STEPS:=32}"
-: "${TASKS:=bpb,mcq,mt,chat}" "${PRECISION:=$precision}"
+: "${TASKS:=bpb,mcq,mt,chat}" "${PRECISION:=$precision}" "${LR:=5e-4}"
 about="$STEPS steps, 5 to 8 minutes a method with the default model on two cores"
 en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--batch-size 8 --micro-batch-size 8 --seq-len 128)
@@ -14,5 +14,5 @@ calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 512)
 texts=("$target/train.jsonl" "$en/heldout.jsonl" "$target/heldout.jsonl")
 train_options=(--data "$target/train.jsonl" --source-eval "$en/heldout.jsonl"
     --target-eval "$target/heldout.jsonl" --eval-every 16 "${batch[@]}"
-    --lr 5e-4 --save-every 16 --eval-tokens 4096)
+    --lr "$LR" --save-every 16 --eval-tokens 4096)
 evaluate_options=(--num-samples 100 --greedy --max-new-tokens 32 --batch-tokens 16384)

@@ -33,7 +33,7 @@ STATIC = ["ssu-wanda", "ssu-mag", "ssu-rand", "ssu-sparsegpt", "ssu-fim", "hft"]
 METHODS = [*SINGLE, *STATIC, "ssu-wanda-row", "ssu-wanda-element", "gmt", "lota"]
 COMPACT = [*STATIC, *S2FT]  # the methods that freeze whole columns
 OPTIMIZERS = ["adamw", "adamw8bit", "adamw8bit-nearest"]
-TASKS = ["mt", "sum", "mrc", "mmlu", "ifeval", "gsm8k", "ae2", "codemix"]
+TASKS = ["mt", "sum", "mrc", "mmlu", "ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3"]
 EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
 EMBEDDED_MODEL = "data/embedded/model"
 
@@ -48,6 +48,8 @@ TASK_SOURCES = {
     "ifeval": ("dataset", "wis-k/instruction-following-eval", None, ["*"]),
     "gsm8k": ("dataset", "openai/gsm8k", None, ["main/*"]),
     "codemix": GLOTLID,
+    "mtb": ("model", "flowaicom/Flow-Judge-v0.1", None, ["*.safetensors"]),
+    "t3": ("model", "allenai/wildguard", None, ["*.safetensors"]),
 }
 
 
@@ -82,7 +84,9 @@ def parse_args(argv=None):
     run("--check", action="store_true", help="check of the options alone, without a plan")
     run("--lang", choices=codes, help="code of the target language")
     run("--profile", choices=["embedded", "paper"], default="paper", help="profile of run_all.sh")
-    run("--methods", nargs="+", choices=METHODS, default=["fft", "ssu-wanda"], help="methods")
+    help_methods = "methods (none: evaluation alone)"
+    defaults = ["fft", "ssu-wanda"]
+    run("--methods", nargs="*", choices=METHODS, default=defaults, help=help_methods)
     run("--ratios", nargs="+", type=float, default=[0.5], help="fractions of columns to freeze")
     run("--steps", type=int, default=12208, help="optimizer steps")
     run("--tasks", nargs="+", choices=EMBEDDED_TASKS + TASKS, default=["mt"], help="tasks")
@@ -215,9 +219,9 @@ def check_memory(args, model):
 def wanted_sources(args):
     """Return what the stages read from the hub. data/prepare_paper.py checks the other sets."""
     sources = []
-    if args.profile == "paper":
+    if args.profile == "paper" and args.methods:
         sources.append((*MADLAD, [f"data/{args.lang}/*_clean_*"]))
-    if args.calibration in CALIBRATION:
+    if args.calibration in CALIBRATION and args.methods:
         sources.append(CALIBRATION[args.calibration])
     for task, source in TASK_SOURCES.items():
         if task in args.tasks and (task != "codemix" or args.language_id == "glotlid"):
@@ -271,6 +275,8 @@ def check_disk(args, weights, itemsize, download):
     results = (24 + models * itemsize) * weights  # 24: the last two checkpoints
     if any("lota" in method or "element" in method for method in args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
+    if not args.methods:
+        results = 0
     there = sum(path.stat().st_size for path in args.runs.rglob("*") if path.is_file())
     # A data set is kept compressed and as Arrow, so it takes up to four times its size.
     coming = {Path(HF_HOME): 4 * download, args.runs: max(0, results - there)}
@@ -302,6 +308,7 @@ def plan(args):
         print_table(args, model)
     if args.lang:
         problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
+    if args.lang and args.methods:
         problems += check_memory(args, model)
     return problems
 

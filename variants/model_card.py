@@ -30,7 +30,11 @@ METHODS = {  # by the method of a mask, and its axis where that is not "column"
     "s2ft-down-output": "S2FT (down, output)",
     "s2ft-down-embeddings": "S2FT (down, embeddings)",
 }
-OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with moments of 8 bits"}
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw8bit": "AdamW with moments of 8 bits, updates rounded at random",
+    "adamw8bit-nearest": "AdamW with moments of 8 bits",
+}
 TEXT = """
 # {title}
 
