@@ -14,6 +14,7 @@ from paper_hub import (
     put_harness_data,
     put_judges,
     put_madlad,
+    put_rows,
     put_safety,
     put_tulu,
 )
@@ -30,6 +31,10 @@ def paper_run(paper_sets, tmp_path, monkeypatch):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2300}))
     ends = {"eos_token_id": list(range(2, 130))}  # most answers are short
     (model / "generation_config.json").write_text(json.dumps(ends))
+    for name in ("english", "igbo"):  # a sequence of 512 tokens, to measure along the way
+        row = {"url": "u", "title": "t", "text": " ".join(TEXT)}
+        rows = [row | {"id": str(i), "summary": TEXT[i]} for i in range(5)]
+        put_rows(paper_sets / "csebuetnlp/xlsum", f"{name}/test/0000.parquet", rows)
     put_harness_data(paper_sets, tmp_path, monkeypatch)
     put_glotlid(words=4)
     put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(60)])
