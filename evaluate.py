@@ -463,6 +463,7 @@ def evaluate(args):
         done = evaluation.read_items(items_path, header)
         write_atomically(items_path, evaluation.to_lines([header, *done.values()]))
         distributed.join(args.device, args.timeout)
+        distributed.check_alike(settings | versions)
         done = distributed.from_rank_zero(done)
         if items.keys() - done.keys():
             answer_all(args, folder, config, tokenizer, items, done, items_path)
@@ -483,6 +484,8 @@ def main(argv=None):
     distributed.quiet()
     try:
         evaluate(parse_args(argv))
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}. Lower --batch-tokens")
     except OSError as error:  # a missing file, a full disk
         fail(f"{error.filename or ''} {error.strerror or error}")
     except KeyboardInterrupt:

@@ -428,6 +428,7 @@ def run(args):
 
 
 def main(argv=None):
+    distributed.quiet()
     args = parse_args(argv)
     distributed.start(args)
     try:

@@ -66,7 +66,6 @@ def start(args):
         fail(f"--batch-size {args.batch_size}: not a multiple of the {WORLD} ranks. Change it")
     if args.adalora or args.precision == "fp16":
         fail("--adalora and --precision fp16 run in one process. Start without torchrun")
-    quiet()
     join(args.device, args.timeout)
 
 
