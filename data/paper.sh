@@ -4,7 +4,7 @@
 # judge and a part of its prompts are gated, and the other prompts are in a clone of a repository.
 : "${DATA_DIR:=data/paper}" "${MODEL:=allenai/OLMo-2-1124-7B-Instruct}" "${RUNS:=runs/${MODEL##*/}}"
 : "${CALIBRATION:=tulu}" "${NUM_SAMPLES:=500}" "${STEPS:=12208}" "${PRECISION:=bf16-true}"
-: "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix}"
+: "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix,mtb}"
 if [[ " ${TASKS//,/ } " = *" t3 "* && ! -s $DATA_DIR/en/t3.jsonl ]]; then
     fail "t3 needs $DATA_DIR/en/t3.jsonl: HF_TOKEN=... python data/prepare_paper.py $lang" \
         "--out $DATA_DIR --safety-eval CLONE. See data/README.md"

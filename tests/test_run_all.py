@@ -16,7 +16,14 @@ import pytest
 import quick_python
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import HUB
-from paper_hub import put_glotlid, put_harness_data, put_madlad, put_rows, put_tulu
+from paper_hub import (
+    put_glotlid,
+    put_harness_data,
+    put_judges,
+    put_madlad,
+    put_rows,
+    put_tulu,
+)
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -450,7 +457,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
     tokenizer.save_pretrained(HUB / "models/someone/tiny")
     config = json.loads((HUB / "models/someone/tiny/config.json").read_text())
     (HUB / "models/someone/tiny/config.json").write_text(
-        json.dumps(config | {"max_position_embeddings": 2048})
+        json.dumps(config | {"max_position_embeddings": 2300})
     )
     for code in ("eng_Latn", "ibo_Latn"):
         for split in ("dev", "devtest"):
@@ -471,6 +478,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
     put_harness_data(paper_sets, tmp_path, monkeypatch)
     put_glotlid(words=4)
     put_tulu(paper_sets)
+    put_judges()
     put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(300)])
     settings = dict(
         PROFILE="paper",
@@ -493,7 +501,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
         (task, side) for task in ("mt", "sum", "mrc", "mmlu") for side in ("source", "target")
     }
     chat = json.loads((run / "ssu-wanda/chat.json").read_text())
-    assert set(chat["results"]) == {"ifeval", "gsm8k", "ae2", "codemix"}
+    assert set(chat["results"]) == {"ifeval", "gsm8k", "ae2", "codemix", "mtb"}
     assert (
         found["results"]["mt"]["source"]["n"] == 12
         and len(found["results"]["sum"]["target"]["runs"]) == 3
