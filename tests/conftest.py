@@ -5,6 +5,7 @@ all that the fast tests run on.
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def forked(main, argv, before=lambda: None):
     code = 1
     try:
         sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
         before()
         main([str(a) for a in argv])
         code = 0
