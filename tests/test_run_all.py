@@ -388,7 +388,7 @@ def test_every_method_by_name_and_two_ratios(folder, quick):
     )
     everything = (
         "fft adalora hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim ssu-wanda-row "
-        "ssu-wanda-element lota-90 lota-50 s2ft-down s2ft-down-output"
+        "ssu-wanda-element lota-90 lota-50 s2ft-down s2ft-down-output s2ft-down-embeddings"
     )
     done = run_all("ne", python=quick, METHODS=everything, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -417,15 +417,16 @@ def test_every_method_by_name_and_two_ratios(folder, quick):
         "lota-50": ("delta", "element"),
         "s2ft-down": ("s2ft-down", "column"),
         "s2ft-down-output": ("s2ft-down-output", "column"),
+        "s2ft-down-embeddings": ("s2ft-down-embeddings", "column"),
     }
     methods = {
         m: json.loads((run / m / "train.jsonl").read_text().splitlines()[0])["settings"]
         for m in ("fft", "gmt", "adalora")
     }
-    assert {m: (s["adalora"], s["gmt_ratio"], s["mask"]) for m, s in methods.items()} == {
-        "fft": (False, None, None),
-        "gmt": (False, 0.5, None),
-        "adalora": (True, None, methods["adalora"]["mask"]),
+    assert {m: (s["adalora"], s["gmt_ratio"]) for m, s in methods.items()} == {
+        "fft": (False, None),
+        "gmt": (False, 0.5),
+        "adalora": (True, None),
     }
     log = [
         json.loads(line) for line in (run / "lota-calibration/train.jsonl").read_text().splitlines()
