@@ -447,7 +447,7 @@ def evaluate(args):
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     folder, model_sha256 = instruct.find_model(args.model)
     config, tokenizer = instruct.load_tokenizer(folder)
-    args.context, args.files = context_of(config) or 2**40, []
+    args.context, args.files = context_of(config), []
     items = make_items(args, tokenizer)
     print(f"{args.model} on {args.device} in {args.dtype}: {len(items)} items")
 

@@ -324,8 +324,8 @@ def check_model(args, skeleton, owners):
     biases = [name for name in owners if not name.endswith(".weight")]
     if args.method == "sparsegpt" and (biases or args.axis == "row"):
         fail("--method sparsegpt scores all rows alike, and biases too. Choose another method")
-    context = context_of(skeleton.config) or 0
-    if args.method in CALIBRATED and 0 < context < args.seq_len:
+    context = context_of(skeleton.config)
+    if args.method in CALIBRATED and context < args.seq_len:
         fail(f"--seq-len {args.seq_len} exceeds the model's {context} positions. Lower it")
 
 

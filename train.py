@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers.utils import is_flash_attn_2_available
 
@@ -433,7 +432,7 @@ def main(argv=None):
     distributed.start(args)
     try:
         run(args)
-    except (OSError, SafetensorError, CheckpointException) as error:  # a full disk, for instance
+    except (OSError, SafetensorError) as error:  # a full disk, for instance
         fail(f"what was saved before is intact, but: {error}")
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --micro-batch-size, or add --gradient-checkpointing or --compact")

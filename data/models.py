@@ -22,15 +22,19 @@ from transformers.utils import chat_template_utils
 # What transformers raises for files that are missing, damaged, or of another kind of model.
 BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError)
+NO_LIMIT = 2**40  # positions
 DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
 ENCODERS = ("bert-generation", "trocr", "xlnet")  # these do not say so in their config
 
 
 def context_of(config):
-    """Return how many positions a model has, or None if it has no limit."""
+    """Return how many positions a model has, NO_LIMIT if it has no limit."""
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    return getattr(text, "max_seq_len", None) if positions is None else positions  # of MPT
+    for name in ("max_position_embeddings", "max_seq_len"):  # max_seq_len: of MPT
+        positions = getattr(text, name, None)
+        if positions is not None:
+            return positions
+    return NO_LIMIT
 
 
 def load_config(name, fail):
@@ -54,7 +58,7 @@ def load_config(name, fail):
         fail(f"model {name}: {kind} has no attention. Give a transformer")
     if getattr(config, "quantization_config", None):
         fail(f"model {name}: its weights are quantized. Give the unquantized model")
-    if positions is not None and positions < 1:
+    if positions < 1:
         fail(f"model {name}: config.json allows {positions} positions. Repair it")
     return config
 

@@ -337,7 +337,7 @@ def answer_everything(args, found, manager, rows, texts, items):
     folder, config, tokenizer = found
     done, save = items
     model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
-    context = evaluate.context_of(config) or 2**40
+    context = evaluate.context_of(config)
     batched = instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
     loaded = model, tokenizer, ends, batched, context
     if "chat" in args.tasks:
@@ -374,7 +374,7 @@ def run(args):
         english = english_confidence(args.language_id, args.lang)
     asked = [task for task in HARNESS if task in args.tasks]
     manager = harness_tasks(asked) if asked else None
-    context = evaluate.context_of(config) or 2**40
+    context = evaluate.context_of(config)
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
     judges = {task: judged.find_judge(task, args, fail) for task in texts}

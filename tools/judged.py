@@ -308,7 +308,7 @@ def tokens_needed(task, rows, tokenizer, judge_tokenizer):
 def check_contexts(task, rows, tokenizer, context, judge, args, fail):
     """Fail if what is asked of the model or of the judge does not fit its context."""
     _, config, judge_tokenizer, _ = judge
-    judge_context = evaluate.context_of(config) or 2**40
+    judge_context = evaluate.context_of(config)
     contexts = (args.model, context), (getattr(args, f"{task}_judge"), judge_context)
     needed = tokens_needed(task, rows, tokenizer, judge_tokenizer)
     for (name, has), takes in zip(contexts, needed, strict=True):
@@ -392,7 +392,7 @@ def load_judge(judge, task, args, fail):
         model = models.load_weights(folder, fail, dtype=getattr(torch, args.dtype))
         model = model.to(args.device).eval()
         ends = sorted({tokenizer.eos_token_id, *instruct.end_tokens(folder)} - {None})
-    context = evaluate.context_of(config) or 2**40
+    context = evaluate.context_of(config)
     batched = instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
     return model, tokenizer, ends, batched, context
 

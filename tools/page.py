@@ -19,7 +19,6 @@ Paths are patterns, from the repository's root. Nothing outside of these comment
 import json
 import os
 import re
-import statistics
 from pathlib import Path
 
 from data.evaluation import LANGUAGES
@@ -27,7 +26,17 @@ from evaluate import write_atomically
 from tools import statements
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name, in_order
-from tools.tables import COLUMNS, PAPER, TABLE_2, answers, cell, markdown, measure, tables
+from tools.tables import (
+    COLUMNS,
+    PAPER,
+    TABLE_2,
+    answers,
+    cell,
+    markdown,
+    measure,
+    paper_changes,
+    tables,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("tables", "folders", "statements", "answers", "paper", "figures")
@@ -96,19 +105,15 @@ def folders_table(folders, chosen):
 
 def paper_table(model):
     """Return the paper's changes in percent, of the scores averaged over its languages."""
-    languages = PAPER[model].values()
+    languages = list(PAPER[model].values())
     rows = [[model]]
     for column in TABLE_2:
         side = " target" if "/target" in column else ""
         rows[0].append(COLUMNS[column].split()[0] + side)
     for method in PAPER[model]["ne"]:
-        row = [display_name(method)]
-        for i in range(len(TABLE_2)):
-            base = statistics.fmean(numbers["source"][i] for numbers in languages)
-            mean = statistics.fmean(numbers[method][i] for numbers in languages)
-            row.append(f"{100 * (mean / base - 1):+.1f}%")
         if method != "source":
-            rows.append(row)
+            changes = paper_changes(languages, method)
+            rows.append([display_name(method), *(f"{change:+.1f}%" for change in changes)])
     return markdown(rows)
 
 

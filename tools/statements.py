@@ -15,7 +15,7 @@ import statistics
 
 from data.evaluation import LANGUAGES
 from tools.methods import display_name
-from tools.tables import MT, PAPER, TABLE_2, look_up, markdown
+from tools.tables import MT, PAPER, TABLE_2, look_up, markdown, paper_changes
 
 MODEL = "OLMo-2-1124-7B-Instruct"
 BPB = {"source": "bpb/source/heldout/bpb", "target": "bpb/target/heldout/bpb"}
@@ -77,15 +77,14 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 def in_paper(where, side, method):
     """Return the paper's mean change in percent, or None where it gives no figure."""
     method = IN_PAPER.get(method, method)
-    languages = PAPER[MODEL].values() if where == "Table 2" else [PAPER[MODEL]["ig"]]
-    columns = [i for i, column in enumerate(TABLE_2) if f"/{side}/" in column and column != MT[0]]
+    languages = list(PAPER[MODEL].values()) if where == "Table 2" else [PAPER[MODEL]["ig"]]
     if any(method not in numbers for numbers in languages):
         return None
     changes = []
-    for i in columns:
-        base = statistics.fmean(numbers["source"][i] for numbers in languages)
-        changes.append(statistics.fmean(numbers[method][i] for numbers in languages) / base - 1)
-    return 100 * statistics.fmean(changes)
+    for column, change in zip(TABLE_2, paper_changes(languages, method), strict=True):
+        if f"/{side}/" in column and column != MT[0]:
+            changes.append(change)
+    return statistics.fmean(changes)
 
 
 def measured(groups, side, method):

@@ -156,6 +156,19 @@ def of_paper(model, lang):
     return None, None
 
 
+def paper_changes(languages, method):
+    """Return the paper's change of each column of Table 2, in percent, from means over languages.
+
+    languages: [{method: numbers}].
+    """
+    changes = []
+    for i in range(len(TABLE_2)):
+        base = statistics.fmean(numbers["source"][i] for numbers in languages)
+        mean = statistics.fmean(numbers[method][i] for numbers in languages)
+        changes.append(100 * (mean / base - 1))
+    return changes
+
+
 def paper_row(model, lang, method):
     """Return the cells of a method in the paper, or None if it has none in this language."""
     numbers = PAPER.get(model, {}).get(lang, {})

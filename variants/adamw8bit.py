@@ -14,6 +14,7 @@ import shutil
 import torch
 
 from variants.distributed import WORLD
+from variants.fused_adam import FusedAdam
 
 CHOICES = ("adamw", "adamw8bit", "adamw8bit-nearest")
 BLOCK = 256  # values that share a scale
@@ -38,7 +39,7 @@ def check(args, error):
         error(f"--optimizer {args.optimizer} needs torchao: pip install torchao=={VERSION}")
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(FusedAdam):
     """AdamW with 8-bit moments for parameters in bf16.
 
     `decayed` and `masked` list (parameter, mask), where a mask is 1 = update, 0 = freeze. The state
@@ -51,8 +52,8 @@ class AdamW8bit(torch.optim.Optimizer):
         from torchao.optim.quant_utils import create_dynamic_map
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.decayed, self.masks, self.stochastic = dict(decayed), dict(masked), stochastic
+        super().__init__(params, lr, betas, eps, weight_decay, dict(decayed))
+        self.masks, self.stochastic = dict(masked), stochastic
         device = self.param_groups[0]["params"][0].device
         self.signed = torch.tensor(create_dynamic_map(signed=True), device=device)
         self.unsigned = torch.tensor(create_dynamic_map(signed=False), device=device)
@@ -63,13 +64,6 @@ class AdamW8bit(torch.optim.Optimizer):
         if device.type == "cuda":  # one kernel instead of a hundred
             torch.compiler.config.recompile_limit = 64  # it is compiled for each shape
             self.adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     def update(self, p, group):
         self.state[p]["step"] += 1

@@ -184,7 +184,7 @@ def check_fit(args, model, masks):
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
     context = models.context_of(model.config)
-    if context and context < args.seq_len:
+    if context < args.seq_len:
         fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
 
 
