@@ -321,9 +321,7 @@ def answer(model, batch, args, stop_ids):
     if not rows:
         options = GREEDY if args.greedy else SAMPLING
         return generate(model, prompts, args.max_new_tokens, stop_ids, options)[0]
-    shared = 0
-    if len(batch) > 1 and batch[0][0]["task"] in ("mrc", "mmlu"):
-        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if args.batch_tokens == 0:
         sums = iter([loglik(model, [row])[0] for row in rows])
     else:

@@ -18,7 +18,7 @@
 set -eEuo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
-. tools/driver.sh  # choose_profile, read_lists, require, run, launch, stage
+. tools/driver.sh  # choose_profile, read_lists, prepare_embedded, require, run, stage
 [[ $# = 1 || "$# ${2:-}" = "2 --dry-run" ]] || fail "usage: bash run_all.sh LANG [--dry-run]"
 
 # The profile, its values, yours. Bad ones are refused before anything is installed or written.
@@ -46,8 +46,7 @@ flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 
 # Data and the source model.
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
-    stage data/embedded/provenance.json data/udhr.jsonl data/requirements.txt -- \
-        python data/prepare_embedded.py
+    prepare_embedded
 elif [ "$PROFILE" = paper ]; then
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
 fi

@@ -4,10 +4,12 @@
 #   bash results/remake.sh --list                 the targets, with their runs and hours
 #   bash results/remake.sh figure2 table5         some of them, or: all
 #
-# A target is some calls of run_all.sh, which skips what is done and resumes. JOBS of them, 2 or 1,
-# are made at a time. What a call prints is in WORK/*.log. Evaluations and logs of training, which
-# are small, are copied to OUT. NTREX-128 must lie in NTREX (data/README.md). The other variables of
-# run_all.sh are as usual. For a trial: STEPS=1 MODEL=DIR DATA_DIR=DIR WORK=DIR OUT=DIR
+# A run is a call of run_all.sh for one model, which resumes. Its evaluation and its log of training,
+# which are small, are copied to OUT. A run whose evaluation is there is skipped, so the targets can
+# be made bit by bit, on several machines: delete an evaluation to have it made again. The models are
+# deleted. JOBS of them, 2 or 1, are made at a time. What they print is in WORK/*.log. NTREX-128 must
+# lie in NTREX (data/README.md). The other variables of run_all.sh are as usual. For a trial:
+#   STEPS=1 MODEL=DIR DATA_DIR=DIR WORK=DIR OUT=DIR bash results/remake.sh table5
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${JOBS:=2}" "${OUT:=results}" "${WORK:=runs/remake}" "${TASKS:=bpb}"
@@ -20,62 +22,61 @@ minutes=4  # of a run with the default model on two cores
 targets=(figure2 table5 tables346 languages precision eight-bit)
 single="fft adalora lota-90 lota-50 s2ft-down s2ft-down-output s2ft-down-embeddings"
 columns="hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim"
-eighths="0.125 0.25 0.375 0.5 0.625 0.75 0.875"
+eighths="0.125 0.25 0.375 0.625 0.75 0.875"
 
-target() {  # NAME: name the calls of a target by `call RUN RESULTS SEED LANG VARIABLE=VALUE...`
-    local text seed lang
+target() {  # NAME: name the runs of a target by `call RUN RESULTS SEED LANG VARIABLE=VALUE...`
+    local text seed lang size lr
     case $1 in
-        figure2)  # the freezing ratio: all eighths for one seed, quarters for three
-            for text in embedded ntrex; do
-                local curves=("METHODS=ssu-wanda hft gmt" PRECISION=fp32) ratio=ratio
-                [ "$text" = embedded ] || curves+=("DATA_DIR=$NTREX") ratio=ratio-ntrex
-                call "$text" "$ratio" 42 ne "${curves[@]}" "RATIOS=$eighths"
-                for seed in 43 44; do
-                    call "$text" "$ratio" "$seed" ne "${curves[@]}" "RATIOS=0.25 0.5 0.75"
-                done
+        figure2)  # the freezing ratio: all eighths for one seed, quarters for three. 0.5: tables346
+            local curves=("METHODS=ssu-wanda hft gmt" PRECISION=fp32 COMPACT=1)
+            call embedded ratio 42 ne "${curves[@]}" "RATIOS=$eighths"
+            call ntrex ratio-ntrex 42 ne "${curves[@]}" "RATIOS=$eighths" DATA_DIR="$NTREX"
+            for seed in 43 44; do
+                call embedded ratio "$seed" ne "${curves[@]}" "RATIOS=0.25 0.75"
+                call ntrex ratio-ntrex "$seed" ne "${curves[@]}" "RATIOS=0.25 0.75" \
+                    DATA_DIR="$NTREX"
             done ;;
         table5)  # calibration text: three other sources, then two other sizes than 32 sequences
             for seed in 42 43 44; do
-                local one=("$seed" ne METHODS=ssu-wanda PRECISION=fp32)
+                local one=("$seed" ne METHODS=ssu-wanda PRECISION=fp32 COMPACT=1)
                 for text in short long prose; do
                     call "embedded-$text" "calibration-$text" "${one[@]}" \
                         "CALIBRATION=$WORK/$text.jsonl"
                 done
-                for text in 8 128; do
-                    call "embedded-$text" "calibration-$text" "${one[@]}" NUM_SAMPLES="$text"
+                for size in 8 128; do
+                    call "embedded-$size" "calibration-$size" "${one[@]}" NUM_SAMPLES="$size"
                 done
             done ;;
         tables346)  # every method, on two texts
             for seed in 42 43 44; do
                 local every=("METHODS=$single $columns ssu-wanda-row ssu-wanda-element")
-                call embedded embedded "$seed" ne "${every[@]}" PRECISION=fp32
-                call ntrex ntrex "$seed" ne "${every[@]}" PRECISION=fp32 DATA_DIR="$NTREX"
+                call embedded embedded-bpb "$seed" ne "${every[@]}" PRECISION=fp32
+                call ntrex ntrex-bpb "$seed" ne "${every[@]}" PRECISION=fp32 DATA_DIR="$NTREX"
             done ;;
         languages)
             for lang in ne ky am ha ig; do
                 for seed in 42 43 44; do
-                    call embedded embedded "$seed" "$lang" PRECISION=fp32 \
+                    call embedded embedded-bpb "$seed" "$lang" PRECISION=fp32 \
                         "METHODS=fft hft ssu-wanda ssu-rand"
                 done
             done ;;
-        precision)  # the authors' numerics beside fp32 weights, by learning rate
-            for text in fp32 bf16-true; do
-                local some=("METHODS=fft ssu-wanda hft" PRECISION="$text")
-                local run=embedded-$text; [ "$text" != fp32 ] || run=embedded
-                for seed in 42 43 44; do
-                    call "$run" "precision-$text" "$seed" ne "${some[@]}"
-                done
-                for lr in 1e-4 2e-3; do
-                    call "$run-$lr" "precision-$text-$lr" 42 ne "${some[@]}" LR="$lr"
+        precision)  # the authors' numerics beside fp32 weights (tables346), by learning rate
+            local some=("METHODS=fft ssu-wanda hft")
+            for seed in 42 43 44; do
+                call embedded-bf16-true precision-bf16-true "$seed" ne "${some[@]}" \
+                    PRECISION=bf16-true
+            done
+            for lr in 1e-4 2e-3; do
+                for text in fp32 bf16-true; do
+                    call "embedded-$text-$lr" "precision-$text-$lr" 42 ne "${some[@]}" \
+                        PRECISION="$text" LR="$lr"
                 done
             done ;;
-        eight-bit)  # fp32 weights, bf16 weights, and bf16 weights with 8-bit moments
+        eight-bit)  # bf16 weights, with moments in fp32 and in 8 bits. fp32 weights: tables346
             for seed in 42 43 44; do
-                local news=("$seed" ne DATA_DIR="$NTREX" COMPACT=1 METHODS=ssu-wanda)
-                call ntrex-compact eight-bit-fp32 "${news[@]}" PRECISION=fp32
                 for text in adamw adamw8bit adamw8bit-nearest; do
-                    call "ntrex-$text" "eight-bit-$text" "${news[@]}" PRECISION=bf16-true \
-                        OPTIMIZER="$text"
+                    call "ntrex-$text" "eight-bit-$text" "$seed" ne METHODS=ssu-wanda COMPACT=1 \
+                        PRECISION=bf16-true OPTIMIZER="$text" DATA_DIR="$NTREX"
                 done
             done ;;
         *) echo "remake.sh: error: no target $1. Choose: ${targets[*]} all" >&2; exit 2 ;;
@@ -95,22 +96,33 @@ models_of() {  # VARIABLE=VALUE...: the folders that run_all.sh makes
     done
 }
 
-make_one() {  # RUN RESULTS SEED LANG VARIABLE=VALUE...: call run_all.sh, and copy what is small
-    local base=$WORK/$1/$3 to=$OUT/$2-$4/$3 log=$WORK/$1-$4-$3.log model file code=0
+make_all() {  # RUN RESULTS SEED LANG VARIABLE=VALUE...: make the models that OUT does not have
+    local runs=$WORK/$1/$3 to=$OUT/$2-$4/$3 log=$WORK/$1-$4-$3.log model ratio code items
     trap 'kill "$child"; wait "$child"; exit 143' TERM
-    env SEED="$3" RUNS="$base" "${@:5}" bash run_all.sh "$4" >> "$log" 2>&1 &
-    child=$!
-    wait "$child" || code=$?
-    [ "$code" = 0 ] || echo "failed with $code: $1 $3 $4, see $log" >&2
-    for model in source $(models_of "${@:5}"); do
-        for file in eval.json train.jsonl; do
-            [ -e "$base/$4/$model/$file" ] || continue
-            mkdir -p "$to/$model"
-            cp "$base/$4/$model/$file" "$to/$model/$file"
+    for model in $(models_of "${@:5}"); do
+        [ ! -e "$to/$model/eval.json" ] || continue
+        # Training has a seed, the source model has none: take its answers from another run.
+        for items in "$WORK/${1%%-*}"*/*/"$4"/source/eval.items.jsonl; do
+            [ -e "$items" ] && [ ! -e "$runs/$4/source" ] || continue
+            mkdir -p "$runs/$4/source"
+            cp "$items" "$runs/$4/source/"
         done
+        code=0 ratio=0.5
+        [[ $model != *@* ]] || ratio=${model#*@}
+        env SEED="$3" RUNS="$runs" "${@:5}" METHODS="${model%@*}" RATIOS="$ratio" \
+            bash run_all.sh "$4" >> "$log" 2>&1 &
+        child=$!
+        wait "$child" || code=$?
+        if [ "$code" != 0 ]; then
+            echo "failed with $code: $to/$model, see $log" >&2
+            return "$code"
+        fi
+        mkdir -p "$to/source" "$to/$model"
+        cp "$runs/$4/source/eval.json" "$to/source/"
+        cp "$runs/$4/$model"/{eval.json,train.jsonl} "$to/$model/"
+        rm -r "$runs/$4/$model/model"
+        echo "done: $to/$model"
     done
-    [ "$code" != 0 ] || echo "done: $to"
-    return "$code"
 }
 
 case ${1:---help} in
@@ -139,10 +151,10 @@ awk 'length > 400' "$DATA_DIR"/en/calibration.jsonl > "$WORK/long.jsonl"
 cp "$DATA_DIR"/en/prose.jsonl "$WORK/prose.jsonl"
 
 pids=()
-call() {  # the arguments of make_one: start it when fewer than JOBS are at work
+call() {  # the arguments of make_all: start it when fewer than JOBS are at work
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || :; done
     echo "start: $1 $3 $4 ${*:5}"
-    make_one "$@" &
+    make_all "$@" &
     pids+=($!)
 }
 finish() {  # wait for all. A signal ends the calls, and the same command resumes

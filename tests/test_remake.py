@@ -8,12 +8,12 @@ from conftest import ROOT
 from tools import plan
 
 RUNS = {
-    "figure2": 2 * (3 * 7 + 2 * 3 * 3),  # texts x (methods x ratios, and two seeds of three ratios)
+    "figure2": 2 * (3 * 6 + 2 * 3 * 2),  # texts x (methods x ratios, and two seeds of two ratios)
     "table5": 5 * 3,
     "tables346": 16 * 2 * 3,
     "languages": 4 * 5 * 3,
-    "precision": 2 * (3 * 3 + 2 * 3),
-    "eight-bit": 4 * 3,
+    "precision": 3 * 3 + 2 * 2 * 3,
+    "eight-bit": 3 * 3,
 }
 
 

@@ -439,7 +439,14 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     (tmp_path / "more.json").write_text(
         '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 1.0]]}'
     )
-    blocks = ["tables results/embedded-ne/*", "folders results/embedded-??/*"]
+    more = tmp_path / "results/embedded-bpb-ne/3"  # of another evaluation, with other settings
+    evaluation(more, "source", 2.0, 4.0, 20.0, tasks=["bpb"])
+    evaluation(more, "fft", 2.8, 2.0, 20.0, tasks=["bpb"])
+    for ratio, chat in ((0.25, 2.6), (0.75, 2.2)):
+        evaluation(more, f"ssu-wanda@{ratio}", chat, 2.0, 20.0, tasks=["bpb"])
+    both = "results/embedded-ne/* results/embedded-bpb-ne/*"
+    blocks = ["tables results/embedded-ne/*", f"folders {both}"]
+    blocks += [f"changes {both}", f"changes {both} results/none/* --methods fft"]
     blocks += ["statements results/embedded-ne/*", "paper OLMo-2-1124-7B-Instruct"]
     blocks += ["figures more.json", "tables results/none/*"]
     path = tmp_path / "page.md"
@@ -453,13 +460,17 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     for part in (
         "| FFT     | 1.350 ± 0.071 (+35.0%)",
         "n = 2; evaluated on",
-        "| embedded (n=2) | 1.000 ± 0.000 ",
+        "| embedded | -36.7 ± 5.8 (n=3)    | -30.0 (n=1) ",
+        "| FFT            | 3 | -36.7 ± 5.8     | +50.0 ± 0.0      |\n| SSU-Wanda 0.25 | 1 ",
+        "![changes](results/embedded-bpb-ne/changes.png)",
         "| -32.4% ",
         "| a | 1.0000 |",
         "![kept](results/embedded-ne/kept.png)",
         "Not measured: there is no evaluation in results/none/*.",
     ):
         assert part in made
+    assert made.count("| FFT            | 3 ") == 1 and made.count("| FFT | 3 | -36.7") == 1
+    assert made.count("changes.png") == 1  # results/none was not measured
     picture = (tmp_path / "results/embedded-ne/kept.png").read_bytes()
     report.main(["--page", str(path)])
     assert path.read_text() == made

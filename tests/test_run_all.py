@@ -379,6 +379,31 @@ def test_any_other_failure_names_its_line(folder, tmp_path, quick):
 
 
 @pytest.mark.slow
+def test_only_results_that_are_missing_are_remade(folder, tmp_path, quick):
+    out, data = tmp_path / "results", shutil.copytree(folder / "data", tmp_path / "data")
+    shutil.copy(data / "en/calibration.jsonl", data / "en/prose.jsonl")
+    wanted = out / "calibration-prose-ne/43/ssu-wanda"
+    for name in ("short", "long", "prose", "8", "128"):
+        for seed in (42, 43, 44):
+            there = out / f"calibration-{name}-ne/{seed}/ssu-wanda"
+            if there != wanted:
+                there.mkdir(parents=True)
+                (there / "eval.json").write_text("{}")
+    settings = tiny_settings(folder, tmp_path, DATA_DIR=str(data), OUT=str(out))
+    settings |= {"WORK": str(tmp_path / "work"), "NUM_SAMPLES": "4"}
+    run = command(quick, ["table5"], settings) | {"capture_output": True}
+    run["args"][1] = "results/remake.sh"
+    done = subprocess.run(**run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done: ") == 1 and f"done: {wanted}" in done.stdout
+    evaluation = json.loads((wanted / "eval.json").read_text())
+    assert evaluation["format"] == "ssu-eval" and (wanted / "train.jsonl").is_file()
+    assert (wanted.parent / "source/eval.json").is_file()
+    again = subprocess.run(**run)
+    assert again.returncode == 0 and "done: " not in again.stdout
+
+
+@pytest.mark.slow
 def test_every_method_by_name_and_two_ratios(folder, quick):
     settings = dict(
         MODEL=str(folder / "model"),

@@ -7,7 +7,9 @@ A table stands between two comments, of which the first says what it is:
 
     tables      mean and deviation over these run directories. report.md and the pictures go to
                 the folder that they lie in; with --methods after them, only the tables are made
-    folders     a row for each folder of run directories: another language, calibration, precision
+    changes     a row for each method: its improvement over Source in bits per byte, over the runs
+                of several folders. The picture, changes.png, goes to the last of them
+    folders     the same, with a row for each folder: another language, calibration, precision
     statements  what the paper says, and whether these runs agree (tools/statements.py)
     answers     one English prompt, answered by each model of the first run directory
     paper       the changes in Table 2, the mean over its five languages
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from data.evaluation import LANGUAGES
 from evaluate import write_atomically
-from tools import statements
+from tools import pictures, statements
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name, in_order
 from tools.tables import (
@@ -31,15 +33,13 @@ from tools.tables import (
     PAPER,
     TABLE_2,
     answers,
-    cell,
     markdown,
-    measure,
     paper_changes,
     tables,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("tables", "folders", "statements", "answers", "paper", "figures")
+KINDS = ("tables", "changes", "folders", "statements", "answers", "paper", "figures")
 BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -57,9 +57,23 @@ def from_root(path):
     return str(path.relative_to(ROOT))
 
 
-def evaluated(evals):
+def read_groups(folders):
+    """Return {folder of run directories: their evaluations}."""
+    return {parent.name: read_runs(runs, None) for parent, runs in folders.items()}
+
+
+def methods_of(groups, chosen):
+    """Return the methods, at all their ratios, that the groups have or that are chosen of them."""
+    found = in_order(set().union(*groups.values()) - {"source"})
+    return [run for run in found if not chosen or run.partition("@")[0] in chosen]
+
+
+def evaluated(groups):
     """Return on which devices and at which commits the evaluations were made."""
-    runs = [run for found in evals.values() for run in found]
+    runs = []
+    for evals in groups.values():
+        for found in evals.values():
+            runs += found
     commits = sorted({str(run.get("git_commit"))[:7] for run in runs})
     devices = sorted({str(run.get("device")) for run in runs})
     return f"evaluated on {' and '.join(devices)} at {', '.join(commits)}"
@@ -71,36 +85,64 @@ def provenance(folders, evals, chosen):
     options = f" --methods {' '.join(chosen)}" if chosen else ""
     options += " --out DIRECTORY" if len(folders) > 1 else ""
     command = f"`python tools/report.py {names}{options}`"
-    return f"n = {len(folders)}; {evaluated(evals)}. {command}"
+    return f"n = {len(folders)}; {evaluated({'': evals})}. {command}"
+
+
+def changes_table(folders, chosen, path, page):
+    """Return the improvements of each method, a line on the runs, and a link to the picture.
+
+    The picture is drawn at `path`, in the last folder of the block, if that was measured.
+    """
+    groups = read_groups(folders)
+    lang = next(iter(groups.values()))["source"][0]["settings"]["lang"]
+    target = LANGUAGES[lang]["name"]
+    rows, changes = [["", "n", "English kept, %", f"{target} gained, %"]], {}
+    for side in statements.BPB:
+        changes[side] = {}
+        for method in methods_of(groups, chosen):
+            numbers = statements.measured(groups, side, method)
+            changes[side][method] = list(numbers.values())
+    for method, numbers in changes["source"].items():
+        row = [display_name(method), str(len(numbers)), statements.figure(numbers)]
+        rows.append([*row, statements.figure(changes["target"][method])])
+    lines = [markdown(rows), f"These were {evaluated(groups)}."]
+    if pictures.Figure and path.parent in folders:
+        measures = {side: COLUMNS[column][:-2] for side, column in statements.BPB.items()}
+        figure = pictures.draw_ratio(changes, measures, target)
+        figure = figure or pictures.draw_kept(changes, measures, list(changes["source"]), target)
+        pictures.save(figure, path)
+        lines.append(f"![changes]({os.path.relpath(path, page.parent)})")
+    return lines
 
 
 def folders_table(folders, chosen):
-    """Return bits per byte, with a row for each folder of run directories.
+    """Return the improvements of each method, with a row for each folder of run directories.
 
     A row has the name of its language or, where all have one language, of the folder without it.
+    A folder that ends in -bpb has more runs of the one without, evaluated in bits per byte alone.
     """
-    groups = {parent: read_runs(runs, chosen) for parent, runs in folders.items()}
-    languages = {parent: evals["source"][0]["settings"]["lang"] for parent, evals in groups.items()}
-    methods = in_order(set().union(*groups.values()))
-    keys = (("English", statements.BPB["source"]), ("target", statements.BPB["target"]))
+    groups = read_groups(folders)
+    languages = {name: evals["source"][0]["settings"]["lang"] for name, evals in groups.items()}
+    several = len(set(languages.values())) > 1
+    rows = {}  # {name of the row: its groups}
+    for lang in LANGUAGES:  # in the paper's order
+        for name in [name for name in groups if languages[name] == lang]:
+            row = name.removesuffix(f"-{lang}").removesuffix("-bpb")
+            row = LANGUAGES[lang]["name"] if several else row
+            rows.setdefault(row, {})[name] = groups[name]
+    methods = methods_of(groups, chosen)
     head = [""]
-    for side, _ in keys:
-        head += [f"{side}: {display_name(method)}" for method in methods]
-    rows, everything = [], {}
-    for parent, evals in groups.items():
-        lang, values = languages[parent], measure(evals)
-        several = len(set(languages.values())) > 1
-        name = LANGUAGES[lang]["name"] if several else parent.name.removesuffix(f"-{lang}")
-        row = [f"{name} (n={len(folders[parent])})"]
-        for _, column in keys:
+    for title in ("English kept, %", "gained, %"):
+        head += [f"{title}: {display_name(method)}" for method in methods]
+    lines = [head]
+    for row, some in rows.items():
+        cells = []
+        for side in statements.BPB:
             for method in methods:
-                base = None if method == "source" else values.get(("source", column))
-                row.append(cell(values.get((method, column)), base, column))
-        rows.append((list(LANGUAGES).index(lang), row))
-        everything |= {(parent, method): runs for method, runs in evals.items()}
-    rows.sort(key=lambda pair: pair[0])  # languages as in the paper, folders as they were given
-    lines = [markdown([head, *(row for _, row in rows)])]
-    return [*lines, f"These were {evaluated(everything)}."]
+                numbers = list(statements.measured(some, side, method).values())
+                cells.append(f"{statements.figure(numbers)} (n={len(numbers)})" if numbers else "-")
+        lines.append([row, *cells])
+    return [markdown(lines), f"These were {evaluated(groups)}."]
 
 
 def paper_table(model):
@@ -162,11 +204,13 @@ def block(text, page, write_report):
     folders = folders_of(words)
     if not folders:
         return [f"Not measured: there is no evaluation in {' '.join(words)}."]
+    if kind == "changes":
+        picture = ROOT / Path(words[-1]).with_name("changes.png")
+        return changes_table(folders, chosen, picture, page)
     if kind == "folders":
         return folders_table(folders, chosen)
     if kind == "statements":
-        groups = {parent.name: read_runs(runs, chosen) for parent, runs in folders.items()}
-        return statements.table(groups)
+        return statements.table(read_groups(folders))
     if len(folders) > 1:
         fail(f"<!-- report: {text} --> names several folders of run directories. Name one")
     if kind == "answers":

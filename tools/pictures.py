@@ -5,6 +5,7 @@ in one order, outside of the axes.
 """
 
 import json
+import os
 import statistics
 
 try:
@@ -15,11 +16,19 @@ except ImportError:
 
 from tools.methods import display_name, method_and_ratio, style
 
+MARK = "Made by tools/report.py"  # in each file that report.py writes, and may replace
 WIDTH = 8.6  # inches
 DPI = 120
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1)), (0, (3, 3)))  # of several ratios
 SIZES = {"*": 10, "$9$": 7, "$5$": 7, "1": 10, "2": 10, "4": 10}  # of markers that look small
 THIN = ("1", "2", "4")  # markers that are lines
+
+
+def save(figure, path):
+    """Write a picture under a temporary name first. The same figure gives the same bytes."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": MARK})
+    os.replace(temporary, path)
 
 
 def two_panels(titles, height):

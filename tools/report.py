@@ -17,7 +17,6 @@ train.py made, METHOD/model/README.md.
 """
 
 import argparse
-import os
 import re
 import statistics
 import sys
@@ -32,11 +31,11 @@ from evaluate import LANGUAGES, write_atomically
 from tools import page, pictures
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name
+from tools.pictures import MARK
 from tools.tables import COLUMNS, answers, improvement, look_up, markdown, measure, tables
 from variants import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "Made by tools/report.py"  # in each file that this script writes, and may replace
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,9 +185,7 @@ def write_report(folders, chosen, out):
         if path.exists() and MARK.encode() not in path.read_bytes():
             fail(f"{path} exists and report.py did not write it. Move it, or choose another --out")
     for name, figure in figures.items():
-        temporary = out / f"{name}.png.tmp"
-        figure.savefig(temporary, format="png", dpi=pictures.DPI, metadata={"Software": MARK})
-        os.replace(temporary, out / f"{name}.png")
+        pictures.save(figure, out / f"{name}.png")
         lines.append(f"![{name}]({name}.png)")
     write_atomically(str(out / "report.md"), "\n\n".join(lines) + "\n")
     return lines, list(figures)
