@@ -10,9 +10,9 @@ lora: peft's LoRA, r = 8 on every matrix, in train.py's loop. Weights and text a
 round every way runs in a process of its own. The first step is warm-up, and the median of the
 others counts. The table has medians over the rounds, and of the ratio to the first way in the same
 round the median with the smallest and largest. State is counted: weights, gradients, moments. Peak
-memory is that of torch's allocator on a GPU and of the process on a CPU. MFU counts 6
+memory is that of torch's allocator on a GPU and of the process on a CPU. Utilization counts 6
 floating-point operations per parameter (but the input embeddings') and token, and attention, over
-the device's peak where it is known.
+the device's peak where it is known (MFU), else over what matrix products alone reach.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -80,6 +81,22 @@ def flops(model, seq_len):
     return (
         6 * count + 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len // 2
     )  # causal
+
+
+def matmul_rate(args):
+    """Return the floating-point operations a second of matrix products in the shape of an MLP."""
+    config, tokens = SHAPES[args.shape], args.micro_batch_size * args.seq_len
+    options = {"dtype": torch.float32 if args.precision == "fp32" else torch.bfloat16}
+    options["device"] = args.device
+    x = torch.randn(tokens, config.hidden_size, **options)
+    weight = torch.randn(config.hidden_size, config.intermediate_size, **options)
+    fastest = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        product = x @ weight
+        product.sum().item()  # waits for a GPU
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * x.numel() * config.intermediate_size / fastest
 
 
 def plain_state(model, masks):
@@ -143,8 +160,6 @@ def trainer(args, model, masks, out):
     """The same by transformers.Trainer and hooks, with the update that its optimizer makes of
     masked gradients.
     """
-    import time
-
     ends = []
 
     class Clock(transformers.TrainerCallback):
@@ -276,38 +291,47 @@ def main():
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
     if not found:
         sys.exit("bench_train.py: nothing fits into the memory")
+    print_table(args, found)
+
+
+def median_ratio(runs, first, key):
+    """Return the median ratio to the runs of the first way, with the smallest and the largest."""
+    ratios = sorted(run[key] / base[key] for run, base in zip(runs, first, strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def print_table(args, found):
+    """Print a row for each way of {way: [what worker() printed in each round]}."""
     first = next(iter(found))
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    peak = next((value for name, value in PEAKS.items() if name in device), None)
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
+    peak, what = None, "MFU"
+    for name, number in PEAKS.items():
+        if name in device:
+            peak = number
+    if peak is None:
+        peak, what = matmul_rate(args), "of matrix products"
     tokens = args.batch_size * args.seq_len
     print(
-        f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a "
-        f"step in micro-batches of "
-        f"{args.micro_batch_size}, gradient checkpointing: {args.gradient_checkpointing}; "
-        f"{device}; torch "
-        f"{torch.__version__}\n\n| | s a step (fastest) | to {first} | state GB | peak GB "
-        f"| to {first} | "
-        "tokens/s | MFU |\n|" + "---|" * 8
+        f"{args.shape}, {args.precision}, {args.batch_size} x {args.seq_len} tokens a step in "
+        f"micro-batches of {args.micro_batch_size}, gradient checkpointing: "
+        f"{args.gradient_checkpointing}; {device}; torch {torch.__version__}; "
+        f"{what}: of {peak / 1e9:,.0f} GFLOP/s\n"
     )
+    head = ["", "s a step (fastest)", f"to {first}", "state GB", "peak GB", f"to {first}"]
+    head += ["tokens/s", what]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for way, runs in found.items():
-        cells = [way]
-        for key, unit in (("seconds", 1), ("bytes", 1e9)):
-            cells += [f"{runs[0]['state'] / 1e9:.2f}"] * (key == "bytes")
-            ratios = sorted(a[key] / b[key] for a, b in zip(runs, found[first], strict=True))
-            fastest = f" ({min(run[key] for run in runs):.2f})" if key == "seconds" else ""
-            cells += [
-                f"{statistics.median(run[key] for run in runs) / unit:.2f}" + fastest,
-                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-            ]
-        speed = tokens / statistics.median(run["seconds"] for run in runs)
-        cells += [
-            f"{speed:.0f}",
-            f"{speed * runs[0]['flops'] / peak:.1%}" if peak and way != "lora" else "-",
-        ]
+        seconds = [run["seconds"] for run in runs]
+        peak_memory = statistics.median(run["bytes"] for run in runs)
+        speed = tokens / statistics.median(seconds)
+        cells = [way, f"{statistics.median(seconds):.2f} ({min(seconds):.2f})"]
+        cells += [median_ratio(runs, found[first], "seconds")]
+        cells += [f"{runs[0]['state'] / 1e9:.2f}", f"{peak_memory / 1e9:.2f}"]
+        cells += [median_ratio(runs, found[first], "bytes"), f"{speed:.0f}"]
+        # LoRA does not compute the gradients of the weights.
+        cells += ["-"] if way == "lora" else [f"{speed * runs[0]['flops'] / peak:.1%}"]
         print("| " + " | ".join(cells) + " |")
 
 
