@@ -57,15 +57,21 @@ def from_root(path):
     return str(path.relative_to(ROOT))
 
 
-def read_groups(folders):
-    """Return {folder of run directories: their evaluations}."""
-    return {parent.name: read_runs(runs, None) for parent, runs in folders.items()}
+def read_groups(folders, chosen=()):
+    """Return {folder of run directories: their evaluations}, of chosen methods at any ratio."""
+    groups = {}
+    for parent, runs in folders.items():
+        evals = read_runs(runs, None)
+        for run in list(evals):
+            if chosen and run.partition("@")[0] not in ("source", *chosen):
+                del evals[run]
+        groups[parent.name] = evals
+    return groups
 
 
-def methods_of(groups, chosen):
-    """Return the methods, at all their ratios, that the groups have or that are chosen of them."""
-    found = in_order(set().union(*groups.values()) - {"source"})
-    return [run for run in found if not chosen or run.partition("@")[0] in chosen]
+def methods_of(groups):
+    """Return the methods of all groups, with their ratios."""
+    return in_order(set().union(*groups.values()) - {"source"})
 
 
 def evaluated(groups):
@@ -93,15 +99,16 @@ def changes_table(folders, chosen, path, page):
 
     The picture is drawn at `path`, in the last folder of the block, if that was measured.
     """
-    groups = read_groups(folders)
+    groups = read_groups(folders, chosen)
     lang = next(iter(groups.values()))["source"][0]["settings"]["lang"]
     target = LANGUAGES[lang]["name"]
     rows, changes = [["", "n", "English kept, %", f"{target} gained, %"]], {}
     for side in statements.BPB:
         changes[side] = {}
-        for method in methods_of(groups, chosen):
+        for method in methods_of(groups):
             numbers = statements.measured(groups, side, method)
-            changes[side][method] = list(numbers.values())
+            if numbers:
+                changes[side][method] = list(numbers.values())
     for method, numbers in changes["source"].items():
         row = [display_name(method), str(len(numbers)), statements.figure(numbers)]
         rows.append([*row, statements.figure(changes["target"][method])])
@@ -121,7 +128,7 @@ def folders_table(folders, chosen):
     A row has the name of its language or, where all have one language, of the folder without it.
     A folder that ends in -bpb has more runs of the one without, evaluated in bits per byte alone.
     """
-    groups = read_groups(folders)
+    groups = read_groups(folders, chosen)
     languages = {name: evals["source"][0]["settings"]["lang"] for name, evals in groups.items()}
     several = len(set(languages.values())) > 1
     rows = {}  # {name of the row: its groups}
@@ -130,7 +137,7 @@ def folders_table(folders, chosen):
             row = name.removesuffix(f"-{lang}").removesuffix("-bpb")
             row = LANGUAGES[lang]["name"] if several else row
             rows.setdefault(row, {})[name] = groups[name]
-    methods = methods_of(groups, chosen)
+    methods = methods_of(groups)
     head = [""]
     for title in ("English kept, %", "gained, %"):
         head += [f"{title}: {display_name(method)}" for method in methods]
