@@ -440,10 +440,10 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
         '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 1.0]]}'
     )
     more = tmp_path / "results/embedded-bpb-ne/3"  # of another evaluation, with other settings
-    evaluation(more, "source", 2.0, 4.0, 20.0, tasks=["bpb"])
-    evaluation(more, "fft", 2.8, 2.0, 20.0, tasks=["bpb"])
-    for ratio, chat in ((0.25, 2.6), (0.75, 2.2)):
-        evaluation(more, f"ssu-wanda@{ratio}", chat, 2.0, 20.0, tasks=["bpb"])
+    evaluation(more, "source", 1.0001, 2.0, 20.0, tasks=["bpb"])
+    evaluation(more, "fft", 1.40014, 1.0, 20.0, tasks=["bpb"])
+    for ratio, chat in ((0.25, 1.30013), (0.75, 1.10011)):
+        evaluation(more, f"ssu-wanda@{ratio}", chat, 1.0, 20.0, tasks=["bpb"])
     both = "results/embedded-ne/* results/embedded-bpb-ne/*"
     blocks = ["tables results/embedded-ne/*", f"folders {both}"]
     blocks += [f"changes {both}", f"changes {both} results/none/* --methods fft"]
@@ -475,6 +475,8 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     report.main(["--page", str(path)])
     assert path.read_text() == made
     assert (tmp_path / "results/embedded-ne/kept.png").read_bytes() == picture
+    evaluation(more.with_name("2"), "source", 1.01, 2.0, 20.0, tasks=["bpb"], seed=2)
+    assert "embedded-bpb-ne/2: Source differs" in fails(capsys, "--page", path)
     path.write_text("<!-- report: tables -->\n<!-- end -->\n")
     assert "names no table" in fails(capsys, "--page", path)
     path.write_text("<!-- report: tables x -->\n")

@@ -14,6 +14,7 @@ import math
 import statistics
 
 from data.evaluation import LANGUAGES
+from tools.evaluations import fail
 from tools.methods import display_name
 from tools.tables import MT, PAPER, TABLE_2, look_up, markdown, paper_changes
 
@@ -91,14 +92,18 @@ def measured(groups, side, method):
     """Return {seed: improvement over Source in percent} of a method.
 
     groups: {folder of run directories: their evaluations}. A run directory is named by its seed.
-    Of runs that several folders have, those of the first count.
+    Of runs that several folders have, those of the first count. Folders whose Source of a seed
+    differs are of other data, and are refused.
     """
     folder, _, method = method.rpartition("/")
-    changes = {}
+    changes, bases = {}, {}
     for name, evals in groups.items():
         if folder and not name.startswith(f"{folder}-"):
             continue
         base = {run["run"]: look_up(run["results"], BPB[side]) for run in evals["source"]}
+        for seed, number in base.items():
+            if number and abs(number / bases.setdefault(seed, number) - 1) > 0.001:
+                fail(f"{name}/{seed}: Source differs from that of another folder. Remake one")
         for run in evals.get(method, []):
             number = look_up(run["results"], BPB[side])
             if number and run["run"] not in changes:
