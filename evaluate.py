@@ -27,7 +27,6 @@ import argparse
 import inspect
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -321,11 +320,10 @@ def answer(model, batch, args, stop_ids):
     if not rows:
         options = GREEDY if args.greedy else SAMPLING
         return generate(model, prompts, args.max_new_tokens, stop_ids, options)[0]
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if args.batch_tokens == 0:
         sums = iter([loglik(model, [row])[0] for row in rows])
     else:
-        sums = iter(loglik(model, rows, shared))
+        sums = iter(loglik(model, rows, instruct.common_start(prompts)))
     return [list(islice(sums, len(parts))) for _, _, parts in batch]
 
 

@@ -125,14 +125,18 @@ def last_turn(tokenizer, messages):
     return prompt, whole[at:].rstrip()
 
 
-def shared_start(model, prompts):
-    """Return how many ids all prompts begin with, at most all but one of each.
-
-    It is 0 where padding after them would fill a sliding window.
-    """
-    if len(prompts) == 1 or any(DynamicCache(config=model.config).is_sliding):
+def common_start(prompts):
+    """Return how many ids all of several prompts begin with, at most all but one of each."""
+    if len(prompts) == 1:
         return 0
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def shared_start(model, prompts):
+    """Return the common start, or 0 where padding after it would fill a sliding window."""
+    if any(DynamicCache(config=model.config).is_sliding):
+        return 0
+    return common_start(prompts)
 
 
 def cache_of(model, ids, rows):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -552,3 +553,24 @@ def test_model_converts_and_answers(tmp_path):
         == "The capital of France is Paris."
     )
     assert answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_the_driver_takes_data_made_by_hand_and_makes_what_is_missing(out, tmp_path):
+    names = (".git", ".venv", "runs*", "results", "embedded", "ntrex", "__pycache__")
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(*names))
+    listing = shutil.copytree(out, copy / "data/embedded") / "provenance.json"
+    made = listing.read_bytes()
+
+    def prepare_embedded():
+        command = ["bash", "-euo", "pipefail", "-c", ". tools/driver.sh; prepare_embedded"]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.count("+ python data/prepare_embedded.py")
+
+    assert prepare_embedded() == 1 and prepare_embedded() == 0
+    listing.unlink()
+    assert prepare_embedded() == 1 and listing.read_bytes() == made
+    with open(copy / "requirements.txt", "a") as file:
+        file.write("# another version\n")
+    assert prepare_embedded() == 1 and prepare_embedded() == 0

@@ -123,8 +123,8 @@ launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
 
 prepare_embedded() {  # make the model and the texts of the embedded profile, unless this made them
     local stamp=data/embedded/.made-by key
-    key=$(cat data/prepare_embedded.py data/udhr.jsonl data/requirements.txt | sha256sum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+    key=$(cat data/prepare_embedded.py data/udhr.jsonl {data/,}requirements.txt | sha256sum)
+    if [ ! -e data/embedded/provenance.json ] || [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
         run python data/prepare_embedded.py  # knows its own files, and overwrites no others
         echo "$key" > "$stamp"
     fi
