@@ -1,8 +1,13 @@
 """results/remake.sh: what each target runs."""
 
+import inspect
+import os
 import subprocess
+import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
 from tools import plan
@@ -41,3 +46,33 @@ def test_every_method_is_run():
 def test_an_unknown_target_is_refused_before_anything_runs():
     done = remake("figure2", "figure9")
     assert done.returncode == 2 and "no target figure9" in done.stderr and not done.stdout
+
+
+def products(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 16, 8).to(dtype).requires_grad_()  # [batch, heads, positions, width]
+    y = F.scaled_dot_product_attention(x, x, x, is_causal=True) @ x.mT
+    z = F.linear(y[0, 0], y[0, 1], y[0, 0, 0])
+    z.sum().backward()
+    return [y.detach(), z.detach(), x.grad]
+
+
+def test_bf16_products_in_fp32_are_those_of_bf16(tmp_path):
+    script, out = tmp_path / "train.py", tmp_path / "out.pt"
+    script.write_text(f"""
+import torch
+import torch.nn.functional as F
+
+{inspect.getsource(products)}
+torch.save([products(torch.bfloat16), products(torch.float32)], "{out}")
+""")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "results/fp32-products")}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Overriding a previously registered kernel" in done.stderr
+    in_bf16, in_fp32 = torch.load(out)
+    for a, b in zip(in_bf16, products(torch.bfloat16), strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+    for a, b in zip(in_fp32, products(torch.float32), strict=True):
+        assert torch.equal(a, b)
