@@ -51,7 +51,9 @@ def test_an_unknown_target_is_refused_before_anything_runs():
 def products(dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 4, 16, 8).to(dtype).requires_grad_()  # [batch, heads, positions, width]
-    y = F.scaled_dot_product_attention(x, x, x, is_causal=True) @ x.mT
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    y = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    y = F.scaled_dot_product_attention(y, x, x, is_causal=True) @ x.mT
     z = F.linear(y[0, 0], y[0, 1], y[0, 0, 0])
     z.sum().backward()
     return [y.detach(), z.detach(), x.grad]

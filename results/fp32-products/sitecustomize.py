@@ -24,13 +24,15 @@ def multiply_in_fp32(library, name):
 
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
 
-    def is_bf16(value):
-        return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+    def in_fp32(value):
+        is_bf16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+        return value.float() if is_bf16 else value
 
     def call(keyset, *args, **kwargs):
-        if not any(map(is_bf16, args)):
+        if args[0].dtype != torch.bfloat16:
             return kernel.call_boxed(keyset, *args, **kwargs)
-        args = [value.float() if is_bf16(value) else value for value in args]
+        args = map(in_fp32, args)
+        kwargs = {key: in_fp32(value) for key, value in kwargs.items()}  # a mask of attention
         out = kernel.call_boxed(keyset, *args, **kwargs)
         if isinstance(out, torch.Tensor):
             return out.bfloat16()
