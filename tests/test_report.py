@@ -445,7 +445,11 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     for ratio, chat in ((0.25, 1.30013), (0.75, 1.10011)):
         evaluation(more, f"ssu-wanda@{ratio}", chat, 1.0, 20.0, tasks=["bpb"])
     both = "results/embedded-ne/* results/embedded-bpb-ne/*"
-    blocks = ["tables results/embedded-ne/*", f"folders {both}"]
+    for seed, moved in ((1, 30), (2, 50)):
+        log = tmp_path / f"results/embedded-ne/{seed}/fft/train.jsonl"
+        summary = {"moved": moved, "trainable": 200}
+        log.write_text('{"step": 1}\n' + json.dumps({"summary": summary}) + "\n")
+    blocks = ["tables results/embedded-ne/*", f"folders {both}", f"moved {both}"]
     blocks += [f"changes {both}", f"changes {both} results/none/* --methods fft"]
     blocks += ["statements results/embedded-ne/*", "paper OLMo-2-1124-7B-Instruct"]
     blocks += ["figures more.json", "tables results/none/*"]
@@ -462,6 +466,7 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
         "n = 2; evaluated on",
         "| embedded | -36.7 ± 5.8 (n=3)    | -30.0 (n=1) ",
         "| FFT            | 3 | -36.7 ± 5.8     | +50.0 ± 0.0      |\n| SSU-Wanda 0.25 | 1 ",
+        "| embedded                      | 20.0 ± 7.1 (n=2) | -              | -              |",
         "![changes](results/embedded-bpb-ne/changes.png)",
         "| -32.4% ",
         "| a | 1.0000 |",

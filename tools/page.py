@@ -10,6 +10,7 @@ A table stands between two comments, of which the first says what it is:
     changes     a row for each method: its improvement over Source in bits per byte, over the runs
                 of several folders. The picture, changes.png, goes to the last of them
     folders     the same, with a row for each folder: another language, calibration, precision
+    moved       which part of the weights that were trained is not what it was before
     statements  what the paper says, and whether these runs agree (tools/statements.py)
     answers     one English prompt, answered by each model of the first run directory
     paper       the changes in Table 2, the mean over its five languages
@@ -39,7 +40,7 @@ from tools.tables import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("tables", "changes", "folders", "statements", "answers", "paper", "figures")
+KINDS = ("tables", "changes", "folders", "moved", "statements", "answers", "paper", "figures")
 BLOCK = re.compile(r"(<!-- report: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -122,34 +123,68 @@ def changes_table(folders, chosen, path, page):
     return lines
 
 
-def folders_table(folders, chosen):
-    """Return the improvements of each method, with a row for each folder of run directories.
+def rows_of(groups):
+    """Return {name of a row: its groups}, in the paper's order of languages.
 
     A row has the name of its language or, where all have one language, of the folder without it.
     A folder that ends in -bpb has more runs of the one without, evaluated in bits per byte alone.
     """
-    groups = read_groups(folders, chosen)
     languages = {name: evals["source"][0]["settings"]["lang"] for name, evals in groups.items()}
     several = len(set(languages.values())) > 1
-    rows = {}  # {name of the row: its groups}
-    for lang in LANGUAGES:  # in the paper's order
+    rows = {}
+    for lang in LANGUAGES:
         for name in [name for name in groups if languages[name] == lang]:
             row = name.removesuffix(f"-{lang}").removesuffix("-bpb")
             row = LANGUAGES[lang]["name"] if several else row
             rows.setdefault(row, {})[name] = groups[name]
+    return rows
+
+
+def with_n(numbers):
+    return f"{statements.figure(numbers)} (n={len(numbers)})" if numbers else "-"
+
+
+def folders_table(folders, chosen):
+    """Return the improvements of each method, with a row for each folder of run directories."""
+    groups = read_groups(folders, chosen)
     methods = methods_of(groups)
     head = [""]
     for title in ("English kept, %", "gained, %"):
         head += [f"{title}: {display_name(method)}" for method in methods]
     lines = [head]
-    for row, some in rows.items():
+    for row, some in rows_of(groups).items():
         cells = []
         for side in statements.BPB:
             for method in methods:
-                numbers = list(statements.measured(some, side, method).values())
-                cells.append(f"{statements.figure(numbers)} (n={len(numbers)})" if numbers else "-")
+                cells.append(with_n(list(statements.measured(some, side, method).values())))
         lines.append([row, *cells])
     return [markdown(lines), f"These were {evaluated(groups)}."]
+
+
+def moved_in(log):
+    """Return [percentage of the trained weights that moved], or [] if train.jsonl does not say."""
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
+    found = [row["summary"] for row in rows if "summary" in row]
+    return [100 * summary["moved"] / summary["trainable"] for summary in found]
+
+
+def moved_table(folders, chosen):
+    """Return a row for each folder of run directories, if its logs say what moved."""
+    groups = read_groups(folders, chosen)
+    methods = methods_of(groups)
+    lines = [["trained weights that moved, %", *map(display_name, methods)]]
+    for row, some in rows_of(groups).items():
+        runs, cells = [], []
+        for parent, found in folders.items():
+            runs += found if parent.name in some else []
+        for method in methods:
+            numbers = []
+            for run in runs:
+                numbers += moved_in(run / method / "train.jsonl")
+            cells.append(with_n(numbers).lstrip("+"))
+        if set(cells) != {"-"}:
+            lines.append([row, *cells])
+    return [markdown(lines)]
 
 
 def paper_table(model):
@@ -214,8 +249,9 @@ def block(text, page, write_report):
     if kind == "changes":
         picture = ROOT / Path(words[-1]).with_name("changes.png")
         return changes_table(folders, chosen, picture, page)
-    if kind == "folders":
-        return folders_table(folders, chosen)
+    by_folder = {"folders": folders_table, "moved": moved_table}
+    if kind in by_folder:
+        return by_folder[kind](folders, chosen)
     if kind == "statements":
         return statements.table(read_groups(folders))
     if len(folders) > 1:
