@@ -1,4 +1,4 @@
-"""Measure what a model keeps of its source language (English) and gains in the target language.
+r"""Measure what a model keeps of its source language (English) and gains in the target language.
 
 Stage 4 of SSU, Section 4.5 of the paper. Tasks:
     bpb    bits per byte of held-out text; in a chat, of the last answer
@@ -22,7 +22,7 @@ Every finished item goes to eval.items.jsonl beside eval.json, with prompt, pred
 The same command, on any number of GPUs, continues from there to the results of a whole run.
 """
 
-import data.interrupt  # noqa: F401  # isort: skip
+import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
 import argparse
 import inspect
 import json
@@ -104,7 +104,7 @@ def items_bpb(args, tokenizer):
 
 
 def items_mcq(args, tokenizer):
-    """Source: a chat with the option as answer. Target: raw text, all that was trained on."""
+    """Source: a chat with the option as answer. Target: raw text, as all that it was trained on."""
     for side, _ in evaluation.sides(args):
         raw = side == "target"
         for row in sample(read_rows(args, side, "mmlu.test", MMLU), args):
@@ -154,10 +154,11 @@ def lettered(args, tokenizer, saved, text, shots):
     while shots and len(instruct.encode(tokenizer, prompt)) >= args.context:
         shots = shots[1:]
         prompt = instruct.ask(tokenizer, text, shots)
-    tail = prompt[-16:]  # the template ends all prompts alike
-    letters = [instruct.split(tokenizer, tail, letter)[1] for letter in "ABCD"]
+    ids, tail = instruct.encode(tokenizer, prompt), prompt[-16:]  # as all prompts end
+    parts = [instruct.split(tokenizer, tail, letter) for letter in "ABCD"]
+    joined = len(instruct.encode(tokenizer, tail)) - len(parts[0][0])  # a space, by some templates
     saved |= dict(prompt=prompt, shots=len(shots))
-    return saved, instruct.encode(tokenizer, prompt), letters
+    return saved, ids[: len(ids) - joined], [letter for _, letter in parts]
 
 
 def items_mrc(args, tokenizer):
@@ -253,8 +254,8 @@ def loglik(model, rows, shared=0):
 def generate(model, prompts, max_new_tokens, stop_ids, options):
     """Return new ids after each prompt, up to the first of `stop_ids`, and their logits if asked.
 
-    What all prompts begin with, such as examples, is computed once. The padding after it repeats a
-    prompt's first token: a repetition penalty counts what it would alone.
+    What all prompts begin with, such as examples, is computed once. Padding stands after it, and
+    repeats the prompt's first token, so that a repetition penalty counts no other token.
     """
     shared = instruct.shared_start(model, prompts)
     width = max(map(len, prompts))
@@ -312,7 +313,10 @@ def make_batches(items, args):
 
 
 def answer(model, batch, args, stop_ids):
-    """Return new token ids, or the log-likelihoods of its continuations, for each item."""
+    """Return new token ids, or the log-likelihoods of its continuations, for each item.
+
+    With args.batch_tokens at 0, each continuation is computed by itself: see answer_all.
+    """
     prompts = [prompt for _, prompt, _ in batch]
     rows = []
     for _, prompt, parts in batch:
@@ -397,9 +401,11 @@ def parse_args(argv=None):
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
     add("--timeout", type=float, default=10, help="minutes to wait for a rank (default: 10)")
     args = parser.parse_args(argv)
-    counts = [args.num_samples, args.runs, args.max_new_tokens, args.batch_tokens]
-    if min(*counts, args.num_questions or 1) < 1 or not 0 <= args.seed < 2**32:
-        fail("a number of items, runs or tokens is below 1, or --seed is not in [0, 2^32)")
+    for name in ("num_samples", "num_questions", "runs", "max_new_tokens", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     asked = args.tasks.split(",")
     if set(asked) - set(TASKS):
         fail(f"--tasks {args.tasks} is not a list of some of {names}")
@@ -451,7 +457,8 @@ def evaluate(args):
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
     settings |= dict(date=str(DATE.date()), enable_thinking=False)
     versions = evaluation.versions_for(args.device)
-    code = [ROOT / name for name in ("evaluate.py", "data/instruct.py", "data/languages.json")]
+    code = [ROOT / "evaluate.py", ROOT / "data/languages.json"]
+    code += [ROOT / f"data/{name}.py" for name in ("evaluation", "instruct", "models")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
     header |= dict(versions=versions, code_sha256=sha256_of(code))
 
@@ -473,7 +480,7 @@ def evaluate(args):
         content |= dict(git_commit=git_commit(), results=summarize(records))
         write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {items_path}")
-    print("next: python tools/report.py DIRECTORY, with that of the source model's evaluation")
+    print("next: python tools/report.py RUN, where RUN/source/eval.json is of the source model")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2).
+r"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2).
 
 A mask is 1 where a weight is trained and 0 where it is frozen. In each parameter, the columns are
 ranked by their importance S_j (score.py), and the int(k * columns) highest are frozen. Parameters
@@ -16,12 +16,10 @@ are uint8, in the smallest shape that broadcasts onto the parameter: [1, d_in] f
 parameter.
 """
 
-import data.interrupt  # noqa: F401  # isort: skip
+import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
 import argparse
-import hashlib
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -31,12 +29,11 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from data.identity import digest_of
-from data.models import load_skeleton
+from data.identity import digest_of, fingerprint, format_of, save_tensors, shapes_of
+from data.models import embeddings_and_head, load_skeleton
 
 METHODS = ("hft", "s2ft-down", "s2ft-down-output", "s2ft-down-embeddings")
 
@@ -75,21 +72,6 @@ def parse_args(argv):
     return args
 
 
-def format_of(path):
-    """Return the "format" entry of a safetensors file's metadata, or None."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (OSError, SafetensorError):
-        return None
-
-
-def fingerprint(shapes):
-    """Return the identity of an architecture: the sha256 of its sorted "name shape" lines."""
-    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def read_scores(path):
     """Return ({name: fp32 scores that broadcast onto it}, their metadata, the model's shapes)."""
     try:
@@ -113,28 +95,6 @@ def read_scores(path):
     return scores, about, shapes
 
 
-def save_mask(masks, path, metadata):
-    """Write a mask file, atomically. The same masks and metadata give the same bytes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(masks, temporary, metadata)
-        with open(temporary, "r+b", buffering=0) as file:
-            # The metadata is in random order. Sort the header, whose length stays the same.
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            file.seek(8)
-            file.write(text.encode().ljust(size))
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        fail(f"--out {path} cannot be written ({error}). Free space or choose another name")
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
-
-
 def top_mask(scores, ratio, freeze="highest"):
     """Return uint8 in the shape of scores, 0 for the int(ratio * n) highest or lowest."""
     # A stable sort freezes equal scores in index order, so the mask is the same on any machine.
@@ -142,15 +102,6 @@ def top_mask(scores, ratio, freeze="highest"):
     mask = torch.ones(scores.numel(), dtype=torch.uint8)
     mask[order[: int(ratio * len(order))]] = 0
     return mask.view(scores.shape)
-
-
-def embeddings_and_head(model):
-    """Return the names of the parameters that SSU always trains (Section 3.1)."""
-    always = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
-            always |= {id(p) for p in module.parameters(recurse=False)}
-    return {name for name, p in model.named_parameters() if id(p) in always}
 
 
 def hft_groups(model):
@@ -209,6 +160,8 @@ def s2ft_masks(model, ratio, seed, kinds):
         masks[name] = torch.zeros(1, p.shape[1], dtype=torch.uint8)
         masks[name][0, columns[rng.sample(range(len(columns)), count)].flatten()] = 1
     for kind in kinds:
+        if not any(f"{kind}.weight" in name for name in masks):
+            fail(f"S2FT trains {kind}, which {model.config.model_type} lacks. Use another method")
         if not any(mask.any() for name, mask in masks.items() if f"{kind}.weight" in name):
             fail(f"--ratio {ratio} trains no column of any {kind}. Lower it")
     return masks
@@ -250,7 +203,7 @@ def main(argv=None):
         masks = {name: top_mask(score, args.ratio, about["freeze"]) for name, score in progress}
     else:
         model, tokenizer = load_skeleton(args.model, fail)
-        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        shapes = shapes_of(model)
         axis = "module" if args.method == "hft" else "column"
         about = {"method": args.method, "axis": axis, "model": args.model, "seed": str(args.seed)}
         about["fingerprint"] = fingerprint(shapes)
@@ -278,9 +231,12 @@ def main(argv=None):
     about |= {"format": "ssu-mask", "version": "1", "ratio": str(args.ratio)}
     fraction = print_frozen(masks, shapes)
     about |= {"frozen_fraction": f"{fraction:.6f}", "tensors_sha256": digest_of(masks)}
-    save_mask(masks, args.out, about)
+    try:
+        save_tensors(args.out, masks, about)
+    except (OSError, SafetensorError) as error:
+        fail(f"--out {args.out} cannot be written ({error}). Free space or choose another name")
     print(f"wrote {args.out}: {fraction:.2%} of all weights are frozen")
-    print(f"next: python train.py --mask {args.out} --model {about['model']}")
+    print(f"next: python train.py --mask {args.out} --model {about['model']} --data TEXT --out DIR")
 
 
 if __name__ == "__main__":

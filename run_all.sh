@@ -12,9 +12,10 @@
 #              s2ft-down-{output,embeddings} ssu-{mag,wanda,sparsegpt,fim} ssu-wanda-{row,element}
 #   RATIOS     0.5: fractions of the columns to freeze, each giving a model
 #   PROFILE    embedded or paper: the defaults of data/embedded.sh or data/paper.sh. They set MODEL,
-#              DATA_DIR, RUNS, STEPS, TASKS, PRECISION, CALIBRATION and NUM_SAMPLES if you do not
-#   NPROC      number of GPUs    SEED  42    COMPACT  0: 1 trains with --compact    OPTIMIZER  adamw
-#   FLORES     ungated or gated    LANGUAGE_ID glotlid or script    FLASH_ATTN 0: 1 installs it
+#              DATA_DIR, RUNS, STEPS, LR, TASKS, PRECISION, CALIBRATION, NUM_SAMPLES if you do not
+#   COMPACT    0: 1 trains with --compact, where columns are frozen     OPTIMIZER   adamw
+#   NPROC      number of GPUs    SEED  42    FLASH_ATTN  0: 1 installs it
+#   FLORES     ungated or gated              LANGUAGE_ID  glotlid or script
 set -eEuo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
@@ -62,7 +63,7 @@ score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source
 }
 evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language and lost in English
     local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR" --dtype "$dtype")
-    local inputs=("${@:3}" "$en"/*.jsonl "$target"/*.jsonl)
+    local inputs=("${@:3}" "${prompt_files[@]}" "$en"/*.jsonl "$target"/*.jsonl)
     [ -z "$evaluate_tasks" ] || stage "$2/eval.json" "${inputs[@]}" -- python evaluate.py \
         "${shared[@]}" --tasks "${evaluate_tasks#,}" "${evaluate_options[@]}" --out "$2/eval.json"
     [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" -- python tools/chat_eval.py \

@@ -1,4 +1,4 @@
-"""Stage 1 of SSU: score how much the source language needs each weight column (Section 3.1).
+r"""Stage 1 of SSU: score how much the source language needs each weight column (Section 3.1).
 
 An instruct model reads source-language (English) calibration text. Wanda gives every weight an
 importance, and the score of a column is the sum over its weights:
@@ -16,18 +16,18 @@ Embeddings and the LM head are always trained, so they get no scores. --method s
 s_ij, and --axis another sum (Table 3). data/calibration.py reads the text.
 
 Tiny, on a CPU:
-    python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \\
+    python score.py --model data/embedded/model --data data/embedded/en/calibration.jsonl \
         --out runs/ne/scores-wanda.safetensors --num-samples 32 --seq-len 512
 The paper's setting, on one GPU; the same file on four: torchrun --nproc_per_node=4 score.py ...
 (they share the weights of a model that is too large for one)
-    python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu \\
+    python score.py --model allenai/OLMo-2-1124-7B-Instruct --data tulu \
         --out runs/ne/scores-wanda.safetensors
 LoTA (Section 6), how far 100 steps of full fine-tuning moved each weight:
-    python score.py --model data/embedded/model --method delta --axis element \\
+    python score.py --model data/embedded/model --method delta --axis element \
         --adapted runs/ne/lota-calibration/model --out runs/ne/scores-delta-element.safetensors
 """
 
-import data.interrupt  # noqa: F401  # isort: skip
+import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
 import argparse
 import copy
 import hashlib
@@ -40,15 +40,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers.utils import cached_file
 
 from data.calibration import calibration_tokens, fail
-from data.identity import digest_of
+from data.identity import digest_of, fingerprint, format_of, save_tensors, shapes_of
 from data.models import context_of, load_skeleton, load_weights
 from variants import distributed
 from variants.distributed import RANK, WORLD
@@ -79,35 +78,22 @@ def parse_args(argv):
 
     if WORLD > 1 and args.method == "fim" and args.axis == "element":
         parser.error("--method fim --axis element runs in one process. Start without torchrun")
-    if (args.method in CALIBRATED) != bool(args.data):
-        parser.error(f"--data belongs to the methods {', '.join(CALIBRATED)}. Add or remove it")
+    if args.method in CALIBRATED and not args.data:
+        parser.error(f"--method {args.method} needs calibration text. Add --data")
+    if args.data and args.method not in CALIBRATED:
+        parser.error(f"--method {args.method} reads no text. Remove --data")
     if (args.method == "delta") != bool(args.adapted):
         parser.error("--adapted belongs to --method delta. Add or remove it")
     if min(args.num_samples, args.seq_len - 1, args.batch_size) < 1:
         parser.error("--num-samples and --batch-size must be at least 1, --seq-len at least 2")
-    if args.out.exists() and read_format(args.out) != "ssu-scores":
+    if args.out.exists() and format_of(args.out) != "ssu-scores":
         parser.error(f"--out {args.out} exists and is not a score file. Choose another name")
     fast = args.device == "cuda" and args.method != "delta"
     args.dtype = args.dtype or ("bfloat16" if fast else "float32")
     return args
 
 
-def read_format(path):
-    """Return the "format" entry of a safetensors file's metadata, or None."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (OSError, SafetensorError):
-        return None
-
-
 # Model --------------------------------------------------------------------------------------------
-
-
-def fingerprint(model):
-    """Return sha256 over sorted "name shape" lines, such as "model.norm.weight 576"."""
-    lines = sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in model.named_parameters())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def scored_parameters(model):
@@ -299,27 +285,9 @@ def compute_scores(args, skeleton, owners, tokens):
     return scores
 
 
-def write_scores(path, scores, metadata):
-    """Write a score file, complete or not at all. The same scores give the same bytes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(scores, temporary, metadata)
-        with open(temporary, "r+b", buffering=0) as file:
-            # The library writes the metadata in random order. Sorting it keeps the length.
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-            file.seek(8)
-            file.write(text.encode().ljust(size))
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_model(args, skeleton, owners):
     """Fail if the method cannot score this model."""
-    if args.adapted and fingerprint(load_skeleton(args.adapted, fail)[0]) != fingerprint(skeleton):
+    if args.adapted and shapes_of(load_skeleton(args.adapted, fail)[0]) != shapes_of(skeleton):
         fail(f"--adapted {args.adapted} and {args.model} differ in their parameters")
     biases = [name for name in owners if not name.endswith(".weight")]
     if args.method == "sparsegpt" and (biases or args.axis == "row"):
@@ -332,7 +300,7 @@ def check_model(args, skeleton, owners):
 def run(args):
     # Check the model and read the text, before the weights are loaded.
     skeleton, tokenizer = load_skeleton(args.model, fail)
-    owners = scored_parameters(skeleton)
+    owners, shapes = scored_parameters(skeleton), shapes_of(skeleton)
     check_model(args, skeleton, owners)
     print(f"{args.method} scores of {len(owners)} parameters of {args.model}, per {args.axis}")
     tokens = torch.empty(0, 0)
@@ -341,7 +309,7 @@ def run(args):
         print(f"{len(tokens)} of {args.num_samples} requested sequences, {tokens.numel():,} tokens")
         print(f"the first one begins: {tokenizer.decode(tokens[0, :48])!r}")
         distributed.join(args.device, args.timeout)
-        read = {"model": fingerprint(skeleton), "data": digest_of({"": tokens}), "out": ""}
+        read = {"model": fingerprint(shapes), "data": digest_of({"": tokens}), "out": ""}
         distributed.check_alike(vars(args) | read)
     elif RANK > 0:
         return
@@ -349,7 +317,7 @@ def run(args):
     # Score.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out.parent, os.W_OK):
-        raise PermissionError("its directory is not writable")
+        fail(f"--out {args.out}: its directory is not writable. Choose another place")
     scores = compute_scores(args, skeleton, owners, tokens)
     if RANK > 0:
         return
@@ -360,15 +328,14 @@ def run(args):
         fail("the scores are all 0, or not finite. Check the weights, --adapted and --dtype")
 
     # Write.
-    shapes = {name: list(p.shape) for name, p in skeleton.named_parameters()}
     metadata = {"format": "ssu-scores", "version": "1", "method": args.method, "axis": args.axis}
-    metadata |= {"model": args.model, "data": str(args.adapted or args.data)}
-    metadata |= {"fingerprint": fingerprint(skeleton), "shapes": json.dumps(shapes)}
+    metadata |= {"model": args.model, "data": args.adapted or args.data or ""}
+    metadata |= {"fingerprint": fingerprint(shapes), "shapes": json.dumps(shapes)}
     metadata |= {"num_samples": str(len(tokens)), "seq_len": str(args.seq_len)}
     metadata |= {"num_tokens": str(tokens.numel()), "seed": str(args.seed)}
     metadata |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_scores(args.out, scores, metadata | {"tensors_sha256": digest_of(scores)})
-    lota = " --freeze lowest --ratio 0.9" if args.method == "delta" else ""
+    save_tensors(args.out, scores, metadata | {"tensors_sha256": digest_of(scores)})
+    lota = " --ratio 0.9" if args.method == "delta" else ""
     print(f"scores: {args.out}. Next: python make_mask.py --scores {args.out}{lota} --out MASK")
 
 

@@ -1,5 +1,5 @@
-"""Stage 3 of Source-Shielded Updates (SSU): continue pre-training on target-language text, with the
-weights that a mask selects frozen.
+r"""Stage 3 of Source-Shielded Updates (SSU): continue pre-training on target-language text, with
+the weights that a mask selects frozen.
 
 The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). For a static
 mask, the method is one line between the backward pass and gradient clipping:
@@ -22,7 +22,8 @@ On one GPU, as published (`python tools/plan.py --model MODEL` says what fits wh
 A GPU of 40 GB holds it with --optimizer adamw8bit (pip install torchao==0.18.0).
 On four GPUs, the same run: torchrun --nproc_per_node=4 train.py ...
 
-OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, a log step:
+OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, the lines
+have:
     step, lr, tokens                  tokens: trained on so far
     loss, grad_norm                   nats per token, mean of the step; masked, before clipping
     ms_per_step, tokens_per_second    since the start or --resume, without evaluation and saving
@@ -30,7 +31,7 @@ OUT/train.jsonl begins with the settings and ends with a count of weights. Betwe
     {source,target}_{loss,bpb}        held-out text: nats per token, bits per byte
 """
 
-import data.interrupt  # noqa: F401  # isort: skip
+import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
 import argparse
 import functools
 import math
@@ -100,7 +101,7 @@ def parse_args(argv=None):  # noqa: C901
         parser.error("--steps, --log-every and the batch sizes must be at least 1, --seq-len 2")
     for name in ("lr", "weight_decay", "max_grad_norm", "eval_every", "save_every", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be at least 0")
+            parser.error(f"--{name.replace('_', '-')} must be a finite number of at least 0")
     if not 0 <= args.warmup_ratio <= 1 or not 0 <= (args.gmt_ratio or 0) < 1:
         parser.error("--warmup-ratio must be between 0 and 1, --gmt-ratio at least 0 and below 1")
     if sum([args.mask is not None, args.gmt_ratio is not None, args.adalora]) > 1:
@@ -276,10 +277,10 @@ def verify_and_copy(model, source, masks):
 
 def prove_and_save(args, model, masks, skeleton, directory):
     """Compare frozen weights with the source model, then write OUT/model."""
-    dtype = skeleton.config.dtype or torch.float32
+    dtype, whole = skeleton.config.dtype or torch.float32, skeleton
     if WORLD == 1:
-        skeleton = files.load_model(args.model, skeleton.config, dtype=torch.float32)
-        source = {name: p.detach() for name, p in skeleton.named_parameters()}
+        whole = files.load_model(args.model, skeleton.config, dtype=torch.float32)
+        source = {name: p.detach() for name, p in whole.named_parameters()}
     else:
         source = distributed.read_source(model, args.model, directory)
     if not files.is_exact(source, dtype):
@@ -290,7 +291,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source")
     print(f"moved: {moved:,} of {trainable:,} trainable weights")
     final = args.out / "model"
-    files.save_model(skeleton, source, dtype, directory, args.out / "model.tmp")
+    files.save_model(whole, source, dtype, directory, args.out / "model.tmp")
     summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
     summary |= {"peak_memory": files.peak_memory(args.device), "commit": git_commit()}
     model_card.write(args, skeleton.config, directory, summary)

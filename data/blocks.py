@@ -2,7 +2,7 @@
 
     sequences, counts = load_sequences(tokenizer, model_key, 512, "--data", "ne/train.jsonl")
 
-Documents are concatenated, each ended by the end-of-text token, and cut (Section 4.2, Table 8).
+Documents are concatenated, each ended by the end-of-text token, and cut (Section 4.3, Table 8).
 `datasets` caches each step under a key of text and tokenizer, and memory-maps the result.
 """
 
@@ -27,7 +27,7 @@ from data.models import check_unknown, stop_clock
 from data.rows import parse
 from variants.files import fail
 
-MADLAD = "allenai/MADLAD-400"  # Section 4.2
+MADLAD = "allenai/MADLAD-400"  # Section 4.3
 MADLAD_REVISION = "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # not the end of a chat turn
 BAD_ROW = (
@@ -85,7 +85,7 @@ def render(chat, tokenizer):
 
 
 def load_documents(flag, data, tokenizer, key):
-    """Return the documents of a local file, or of MADLAD-400 (Section 4.2), as a Dataset."""
+    """Return the documents of a local file, or of MADLAD-400 (Section 4.3), as a Dataset."""
     if not data.startswith("madlad:"):
         source = {"flag": flag, "path": data, "tokenizer": tokenizer}
         if next(read_documents(**source), None) is None:

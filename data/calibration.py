@@ -3,7 +3,7 @@
     tokens = calibration_tokens("tulu", tokenizer, 500, 2048, seed=42)
 
 A document is a chat or raw text. Chats are written in the model's chat template. Documents are
-shuffled, concatenated and cut into sequences without padding (Section 4.2 and Table 5).
+shuffled, concatenated and cut into sequences without padding (Section 4.3 and Table 5).
 """
 
 import gzip

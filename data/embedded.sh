@@ -1,6 +1,6 @@
 # The embedded profile of run_all.sh: a small model out of a wheel, and text from data/. It needs no
 # GPU, hub or account. The values in capitals can be set from the environment instead.
-precision=fp32  # a processor without instructions for bf16 takes three times as long with it
+precision=fp32  # a run in bf16 takes many times as long on a processor without its instructions
 if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] ||
     grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo; then precision=bf16; fi
 : "${DATA_DIR:=data/embedded}" "${MODEL:=data/embedded/model}" "${RUNS:=runs}"

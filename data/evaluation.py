@@ -81,7 +81,8 @@ def sample(rows, args):
 def sides(args):
     """Return the sides with their entries of data/languages.json, English prompts by default."""
     english, target = LANGUAGES["en"], LANGUAGES[args.lang]
-    return ("source", english), ("target", {"prompts": english["prompts"]} | target)
+    prompts = english["prompts"] | target.get("prompts", {})
+    return ("source", english), ("target", target | {"prompts": prompts})
 
 
 def in_words(language, row, options, context=""):

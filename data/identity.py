@@ -1,8 +1,13 @@
-"""What identifies files, tensors and this code in all that the stages write and compare."""
+"""What identifies files, tensors, models and this code, and the format of scores and masks."""
 
 import hashlib
+import json
+import os
 import subprocess
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def sha256_of(paths):
@@ -20,6 +25,46 @@ def digest_of(tensors):
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint(shapes):
+    """Identify an architecture: sha256 over its sorted lines, such as "model.norm.weight 576"."""
+    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def shapes_of(model):
+    """Return {parameter name: list of its sizes}."""
+    return {name: list(p.shape) for name, p in model.named_parameters()}
+
+
+def format_of(path):
+    """Return the "format" entry of a safetensors file's metadata, or None."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
+        return None
+
+
+def save_tensors(path, tensors, metadata):
+    """Write a safetensors file, whole or not at all. The same content gives the same bytes."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "r+b", buffering=0) as file:
+            # The library writes the metadata in random order. Sorting it keeps the length.
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            file.seek(8)
+            file.write(text.encode().ljust(size))
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def git_commit():

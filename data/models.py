@@ -9,6 +9,7 @@ import types
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -122,3 +123,12 @@ def load_weights(name, fail, **options):
     if info["missing_keys"]:
         fail(f"model {name}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
     return model
+
+
+def embeddings_and_head(model):
+    """Return the names of the parameters that SSU always trains (Section 3.1)."""
+    always = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            always |= {id(p) for p in module.parameters(recurse=False)}
+    return {name for name, p in model.named_parameters() if id(p) in always}

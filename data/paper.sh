@@ -4,7 +4,7 @@
 # judge and a part of its prompts are gated, and the other prompts are in a clone of a repository.
 : "${DATA_DIR:=data/paper}" "${MODEL:=allenai/OLMo-2-1124-7B-Instruct}" "${RUNS:=runs/${MODEL##*/}}"
 : "${CALIBRATION:=tulu}" "${NUM_SAMPLES:=500}" "${STEPS:=12208}" "${PRECISION:=bf16-true}"
-: "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix,mtb}"
+: "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix,mtb}" "${LR:=5e-5}"
 if [[ " ${TASKS//,/ } " = *" t3 "* && ! -s $DATA_DIR/en/t3.jsonl ]]; then
     fail "t3 needs $DATA_DIR/en/t3.jsonl: HF_TOKEN=... python data/prepare_paper.py $lang" \
         "--out $DATA_DIR --safety-eval CLONE. See data/README.md"
@@ -16,5 +16,6 @@ accumulated=8  # sequences of each of the four micro-batches of gmt (Table 8)
 calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 2048)
 texts=("$en/xlsum.jsonl" "$target/xlsum.jsonl")
 train_options=(--data "madlad:$lang" --source-eval "$en/xlsum.jsonl"
-    --target-eval "$target/xlsum.jsonl" --eval-every 500 "${batch[@]}" --save-every 500)
+    --target-eval "$target/xlsum.jsonl" --eval-every 500 "${batch[@]}"
+    --lr "$LR" --save-every 500)
 evaluate_options=(--batch-tokens 32768)

@@ -25,7 +25,7 @@ columns="hft gmt ssu-rand ssu-mag ssu-wanda ssu-sparsegpt ssu-fim"
 eighths="0.125 0.25 0.375 0.625 0.75 0.875"
 
 target() {  # NAME: name the runs of a target by `call RUN RESULTS SEED LANG VARIABLE=VALUE...`
-    local text seed lang size lr
+    local text seed lang size lr precision optimizer
     case $1 in
         figure2)  # the freezing ratio: all eighths for one seed, quarters for three. 0.5: tables346
             local curves=("METHODS=ssu-wanda hft gmt" PRECISION=fp32 COMPACT=1)
@@ -67,16 +67,17 @@ target() {  # NAME: name the runs of a target by `call RUN RESULTS SEED LANG VAR
                     PRECISION=bf16-true
             done
             for lr in 1e-4 2e-3; do
-                for text in fp32 bf16-true; do
-                    call "embedded-$text-$lr" "precision-$text-$lr" 42 ne "${some[@]}" \
-                        PRECISION="$text" LR="$lr"
+                for precision in fp32 bf16-true; do
+                    call "embedded-$precision-$lr" "precision-$precision-$lr" 42 ne "${some[@]}" \
+                        PRECISION="$precision" LR="$lr"
                 done
             done ;;
         eight-bit)  # bf16 weights, with moments in fp32 and in 8 bits. fp32 weights: tables346
             for seed in 42 43 44; do
-                for text in adamw adamw8bit adamw8bit-nearest; do
-                    call "ntrex-$text" "eight-bit-$text" "$seed" ne METHODS=ssu-wanda COMPACT=1 \
-                        PRECISION=bf16-true OPTIMIZER="$text" DATA_DIR="$NTREX"
+                for optimizer in adamw adamw8bit adamw8bit-nearest; do
+                    call "ntrex-$optimizer" "eight-bit-$optimizer" "$seed" ne COMPACT=1 \
+                        METHODS=ssu-wanda PRECISION=bf16-true OPTIMIZER="$optimizer" \
+                        DATA_DIR="$NTREX"
                 done
             done ;;
         *) echo "remake.sh: error: no target $1. Choose: ${targets[*]} all" >&2; exit 2 ;;

@@ -1,21 +1,17 @@
-"""Time of a step and peak memory of each way to update, relative to full fine-tuning (FFT), in
-paired runs of train.py.
+"""Time of a step and peak memory of each method, relative to full fine-tuning (FFT).
 
-    python tests/bench_methods.py                       # the embedded model: half an hour on two
-    cores python tests/bench_methods.py --methods ssu-wanda hft --rounds 5 --model MODEL --data
-    TEXT.jsonl --precision bf16
+    python tests/bench_methods.py              # the embedded model: half an hour on two cores
+    python tests/bench_methods.py --methods ssu-wanda hft --rounds 5 --model MODEL \\
+        --data TEXT.jsonl --precision bf16
 
-In each round every method trains for a few steps in a process of its own, FFT first; its first
-step is warm-up and the median of the others counts. The table has the median over rounds of the
-ratio to FFT of the same round, with the smallest and the largest. Peak memory is that of the
-process on a CPU, of torch's allocator on a GPU; bytes of gradients and moments are those that
-train.py announces, without adapters. Run data/prepare_embedded.py first, and nothing else
-meanwhile.
+In each round every method trains for a few steps in a process of its own, FFT first. Its first step
+is warm-up, and the median of the others counts. The table has the median over rounds of the ratio
+to FFT of the same round, with the smallest and the largest. Peak memory is that of the process on a
+CPU, of torch's allocator on a GPU. Run data/prepare_embedded.py first, and nothing else meanwhile.
 """
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -25,85 +21,66 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-# what makes the mask, what train.py is told; a score needs no text to be as expensive as any other
+# The arguments of score.py, or else of make_mask.py, and those of train.py. A score needs no text
+# to cost as much in training as any other.
 METHODS = {
-    "ssu-wanda": (["--method", "random"], []),
-    "ssu-wanda-element": (["--method", "random", "--axis", "element"], []),
-    "hft": (["hft"], []),
-    "s2ft-down": (["s2ft-down"], []),
-    "gmt": (None, ["--gmt-ratio", "0.5"]),
-    "fft, 4 micro-batches": (None, []),
-    "adalora": (None, ["--adalora"]),
+    "fft": ([], [], []),
+    "ssu-wanda": (["--method", "random"], [], []),
+    "ssu-wanda-element": (["--method", "random", "--axis", "element"], [], []),
+    "hft": ([], ["--method", "hft"], []),
+    "s2ft-down": ([], ["--method", "s2ft-down"], []),
+    "gmt": ([], [], ["--gmt-ratio", "0.5"]),
+    "fft, 4 micro-batches": ([], [], []),
+    "adalora": ([], [], ["--adalora"]),
 }
+IN_PARTS = ("gmt", "fft, 4 micro-batches")  # Table 8: accumulation interval 4
 
 
 def call(script, *argv):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, argv)], capture_output=True, text=True
-    )
+    command = [sys.executable, ROOT / script, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"bench_methods.py: {script} failed: {done.stderr[-1000:]}")
-    return done.stdout
 
 
-def make_mask(method, model, folder):
-    how, _ = METHODS[method]
+def options_of(method, args, folder):
+    """Return what train.py is told for a method. Make its mask."""
+    to_score, to_mask, options = METHODS[method]
     mask = folder / f"{method}.safetensors"
-    if len(how) == 1:
-        call("make_mask.py", "--method", how[0], "--model", model, "--out", mask)
-    else:
-        call("score.py", "--model", model, "--out", folder / "scores", *how)
-        call("make_mask.py", "--scores", folder / "scores", "--out", mask)
-    return mask
+    if to_score:
+        scores = folder / f"{method}.scores"
+        call("score.py", "--model", args.model, "--out", scores, *to_score)
+        call("make_mask.py", "--scores", scores, "--out", mask)
+    elif to_mask:
+        call("make_mask.py", "--model", args.model, "--out", mask, *to_mask)
+    if to_score or to_mask:
+        options = ["--mask", mask]
+    parts = 4 if method in IN_PARTS else 1
+    return [*options, "--micro-batch-size", args.batch_size // parts]
 
 
-def measure(args, folder, mask, more):
-    """(seconds of a step, peak bytes, bytes of gradients and moments) of one run of train.py."""
+def measure(args, folder, options):
+    """Return (seconds of a step, peak bytes) of one run of train.py."""
+    shared = ["--model", args.model, "--data", args.data, "--precision", args.precision]
+    shared += ["--steps", args.steps, "--batch-size", args.batch_size, "--seq-len", args.seq_len]
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        said = call(
-            "train.py",
-            "--model",
-            args.model,
-            "--data",
-            args.data,
-            "--out",
-            f"{out}/run",
-            "--steps",
-            args.steps,
-            "--batch-size",
-            args.batch_size,
-            "--micro-batch-size",
-            args.batch_size,
-            "--seq-len",
-            args.seq_len,
-            "--lr",
-            5e-4,
-            "--precision",
-            args.precision,
-            "--log-every",
-            1,
-            *(["--mask", mask] if mask else []),
-            *more,
-        )
-        lines = [
-            json.loads(line) for line in Path(f"{out}/run/train.jsonl").read_text().splitlines()
-        ]
-    lines = [line for line in lines if line.get("step")]
-    until = [
-        line["step"] * line["ms_per_step"] / 1000 for line in lines
-    ]  # seconds since the first step began
-    seconds = statistics.median(b - a for a, b in zip(until, until[1:], strict=False))
-    state = re.search(r"gradients ([\d,]+), Adam's moments ([\d,]+)", said)
-    return seconds, lines[-1]["peak_memory"], sum(int(n.replace(",", "")) for n in state.groups())
+        call("train.py", *shared, "--lr", 5e-4, "--log-every", 1, "--out", f"{out}/run", *options)
+        rows = map(json.loads, Path(f"{out}/run/train.jsonl").read_text().splitlines())
+        steps = [row for row in rows if row.get("step")]
+    ends = [row["step"] * row["ms_per_step"] / 1000 for row in steps]  # since the first step began
+    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return statistics.median(seconds), steps[-1]["peak_memory"]
+
+
+def ratio(numbers, others):
+    """Return "0.95 (0.90 to 1.00)", of paired numbers."""
+    ratios = [number / other for number, other in zip(numbers, others, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        "bench_methods.py",
-        argparse.SUPPRESS,
-        __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("bench_methods.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", default=ROOT / "data/embedded/model")
     parser.add_argument("--data", default=ROOT / "data/embedded/ne/train.jsonl")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -114,40 +91,29 @@ def main():
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     args = parser.parse_args()
     if args.steps < 2 or args.rounds < 1 or args.batch_size % 4:
-        parser.error(
-            "--steps must be at least 2, --rounds at least 1, --batch-size a multiple of 4"
-        )
+        parser.error("--steps must be at least 2, --rounds at least 1, --batch-size 4 or 8 or ...")
+
+    methods = dict.fromkeys(["fft", *args.methods])
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        masks = {
-            m: make_mask(m, args.model, folder) if METHODS[m][0] else None for m in args.methods
-        }
-        found = {m: [] for m in ("fft", *args.methods)}
-        for _ in tqdm(range(args.rounds), unit="round"):
-            for m in found:
-                more = METHODS[m][1] if m in METHODS else []
-                if m in ("gmt", "fft, 4 micro-batches"):  # Table 8: accumulation interval 4
-                    more = [*more, "--micro-batch-size", args.batch_size // 4]
-                found[m].append(measure(args, folder, masks.get(m), more))
-    seconds, peak, state = (statistics.median(run[i] for run in found["fft"]) for i in range(3))
+        options = {method: options_of(method, args, Path(folder)) for method in methods}
+        seconds, peaks = {method: [] for method in methods}, {method: [] for method in methods}
+        with tqdm(total=args.rounds * len(methods), unit="run") as bar:
+            for _ in range(args.rounds):
+                for method in methods:
+                    time, peak = measure(args, folder, options[method])
+                    seconds[method].append(time)
+                    peaks[method].append(peak)
+                    bar.update()
+
     print(
-        f"fft: {seconds:.2f} s a step, {peak / 1e9:.2f} GB at the peak, {state / 1e9:.2f} "
-        f"GB of gradients and "
-        f"moments; {args.rounds} rounds of {args.steps} steps of {args.batch_size} x "
-        f"{args.seq_len} tokens, "
-        f"{args.precision}"
+        f"{args.rounds} rounds of {args.steps} steps of {args.batch_size} x {args.seq_len} tokens"
     )
-    print(
-        "| method | time of a step / FFT | peak memory / FFT | gradients and moments / "
-        "FFT |\n|---|---|---|---|"
-    )
-    for m, runs in found.items():
-        cells = []
-        for i in range(3):
-            ratios = [run[i] / fft[i] for run, fft in zip(runs, found["fft"], strict=True)]
-            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if i < 2 and m != "fft" else ""
-            cells.append(f"{statistics.median(ratios):.2f}{spread}")
-        print(f"| {m} | {' | '.join(cells)} |")
+    time, peak = statistics.median(seconds["fft"]), statistics.median(peaks["fft"])
+    print(f"fft, {args.precision}: {time:.2f} s a step, {peak / 1e9:.2f} GB at the peak\n")
+    print("| method | time of a step / FFT | peak memory / FFT |\n|---|---|---|")
+    for method in methods:
+        times = ratio(seconds[method], seconds["fft"])
+        print(f"| {method} | {times} | {ratio(peaks[method], peaks['fft'])} |")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """evaluate.py: numbers against independent ones, interrupted runs against whole ones, bad input."""
 
+import argparse
 import errno
 import fcntl
 import json
@@ -10,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, TEXT, tiny_model, write_jsonl
+from conftest import ROOT, SIZES, TEXT, tiny_model, tiny_tokenizer, write_jsonl
 from sacrebleu.metrics import CHRF
 from transformers import (
     AutoConfig,
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 import evaluate
-from data import instruct
+from data import evaluation, instruct
 
 LANGUAGES = evaluate.LANGUAGES
 WORDS = ["river", "mill", "wheel", "capital", "Paris", "hills", "children", "rain", "house", "sea"]
@@ -340,6 +341,24 @@ def test_prompts_are_those_of_table_7(lang, papers, llama):
     assert len(seen) == 8
 
 
+def test_a_letter_takes_the_space_that_a_template_ends_with():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f" {letter}" for letter in "ABCD"])
+    tokenizer.chat_template = (
+        "{{ messages[-1]['content'] }}{% if add_generation_prompt %}: {% endif %}"
+    )
+    args = argparse.Namespace(context=512)
+    _, prompt, letters = evaluate.lettered(args, tokenizer, {}, "Which?", [])
+    assert tokenizer.decode(prompt) == "Which?:"
+    assert tokenizer.batch_decode(letters) == [" A", " B", " C", " D"]
+
+
+def test_a_language_may_have_some_prompts_of_its_own(monkeypatch):
+    monkeypatch.setitem(LANGUAGES, "xx", {"name": "X", "prompts": {"sum": "Resume: {text}"}})
+    (_, english), (_, language) = evaluation.sides(argparse.Namespace(lang="xx"))
+    assert language["prompts"] == english["prompts"] | {"sum": "Resume: {text}"}
+
+
 def test_belebele_answers_are_those_of_its_numbers(papers, llama, tmp_path):
     """Of the questions and of the examples; an item is never its own example."""
     lines = (papers / "ne/belebele.jsonl").read_text().splitlines()
@@ -606,8 +625,9 @@ def fails(capsys, *argv):
     [
         ("--lang", "de", "argument --lang: invalid choice"),
         ("--tasks", "bpb,sums", "--tasks bpb,sums"),
-        ("--num-samples", 0, "is below 1"),
-        ("--seed", 10**15, "--seed is not in"),
+        ("--num-samples", 0, "--num-samples 0: must be at least 1"),
+        ("--num-questions", 0, "--num-questions 0: must be at least 1"),
+        ("--seed", 10**15, "--seed 1000000000000000: must be from 0 to"),
         ("--model", "no/such/model", "model no/such/model is not a directory"),
         ("--model", "no", "model no is not a directory"),
         ("--out", "/dev/null/x/eval.json", "/dev/null"),

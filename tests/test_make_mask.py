@@ -12,7 +12,7 @@ import torch
 from conftest import MODELS, ROOT, SIZES, forked, limit_file_size, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import make_mask
 
@@ -278,6 +278,13 @@ def test_which_arguments_belong_together(olmo2, scores, tmp_path, capsys):
     for ratio in ("-0.1", "1.01", "nan"):
         assert "--ratio" in refused(capsys, *out, "--scores", scores, "--ratio", ratio)
     assert not (tmp_path / "m").exists()
+
+
+def test_s2ft_of_a_model_without_down_proj(tmp_path, capsys):
+    GPTNeoXConfig(**SIZES, vocab_size=400).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    argv = ["--method", "s2ft-down", "--model", tmp_path / "model", "--out", tmp_path / "m"]
+    assert "trains down_proj, which gpt_neox lacks" in refused(capsys, *argv)
 
 
 def test_chat_tokens_of_a_model_without_a_template(olmo2, tmp_path, capsys):

@@ -411,7 +411,7 @@ def test_statements_are_paired_by_seed(tmp_path):
     assert row[:3] == ["Table 2", "SSU-Wanda keeps more English than FFT", "-3.4, -20.3"]
     ours = ["-2.5 ± 0.7, -30.0 ± 0.0", "+27.5 ± 0.7", "2", "agrees"]
     assert row[3:] == ours
-    assert "1 agree, 0 disagree, 1 are not decided" in found[1]
+    assert "statements, agrees: 1, disagrees: 0, not decided: 1, " in found[1]
 
 
 def test_statements_reach_over_folders_of_run_directories(tmp_path):

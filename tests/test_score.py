@@ -408,8 +408,8 @@ def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
     assert "none.jsonl" in refused(capsys, *no_file)
     assert "invalid choice" in refused(capsys, *calibrated, "--method", "best")
     for method in ("wanda", "sparsegpt", "fim"):
-        assert "--data belongs to" in refused(capsys, *argv, "--method", method)
-    assert "--data belongs to" in refused(capsys, *calibrated, "--method", "random")
+        assert "needs calibration text" in refused(capsys, *argv, "--method", method)
+    assert "reads no text" in refused(capsys, *calibrated, "--method", "random")
     assert "--adapted belongs to" in refused(capsys, *argv, "--method", "delta")
     assert "--adapted belongs to" in refused(capsys, *calibrated, "--adapted", olmo2)
     for option, value in (("--seq-len", 1), ("--num-samples", 0), ("--batch-size", -1)):

@@ -1,4 +1,4 @@
-"""Measure chat abilities in English: the benchmarks of Section 4.5 that need more than evaluate.py.
+r"""Measure chat abilities in English: benchmarks of Section 4.5 that need more than evaluate.py.
 
     chat           fixed prompts: does the model stop, repeat itself, answer in English?
     ifeval, gsm8k  by lm-evaluation-harness, with its own prompts, stops and metrics

@@ -105,6 +105,7 @@ run() {  # COMMAND...: run it in a process group of its own, so that a signal en
     fi
 }
 
+prompt_files=(data/languages.json data/{evaluation,instruct,models}.py)  # what writes the prompts
 several=(train.py score.py evaluate.py)  # the stages that several processes can run
 launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
     local processes=1

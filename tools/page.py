@@ -10,10 +10,10 @@ A table stands between two comments, of which the first says what it is:
     changes     a row for each method: its improvement over Source in bits per byte, over the runs
                 of several folders. The picture, changes.png, goes to the last of them
     folders     the same, with a row for each folder: another language, calibration, precision
-    moved       which part of the weights that were trained is not what it was before
+    moved       the share of trained weights whose value changed, as train.py logs it at its end
     statements  what the paper says, and whether these runs agree (tools/statements.py)
     answers     one English prompt, answered by each model of the first run directory
-    paper       the changes in Table 2, the mean over its five languages
+    paper       the changes of the mean over the paper's five languages (Tables 10 to 13)
     figures     the rows of a JSON file of measurements that evaluate.py did not make
 
 Paths are patterns, from the repository's root. Nothing outside of these comments changes.

@@ -36,7 +36,8 @@ def check(args, error):
     except importlib.metadata.PackageNotFoundError:
         found = None
     if found != VERSION:
-        error(f"--optimizer {args.optimizer} needs torchao: pip install torchao=={VERSION}")
+        what = f"torchao {VERSION}, not {found}" if found else f"torchao {VERSION}"
+        error(f"--optimizer {args.optimizer} needs {what}. Run: pip install torchao=={VERSION}")
 
 
 class AdamW8bit(FusedAdam):

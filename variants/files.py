@@ -21,13 +21,12 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm import tqdm
 from transformers.utils import cached_file
 
 from data import models
-from data.identity import digest_of, sha256_of
+from data.identity import digest_of, fingerprint, sha256_of, shapes_of
 from variants.distributed import (
     LOCAL_RANK,
     RANK,
@@ -72,12 +71,6 @@ def load_model(name, config, **options):
     """Return the model, of the commit of config. Exit with an error if its files lack a tensor."""
     commit = getattr(config, "_commit_hash", None) or "main"
     return models.load_weights(name, fail, revision=commit, **options)
-
-
-def fingerprint(model):
-    """Identify an architecture: sha256 over its sorted "name shape" lines."""
-    lines = sorted(f"{name} {'x'.join(map(str, p.shape))}" for name, p in model.named_parameters())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def model_key(model, directory):
@@ -144,11 +137,7 @@ def save_model(model, source, dtype, directory, out):
 
 def maskable(model):
     """Return the names of all parameters but embeddings and LM head, which are always trained."""
-    always = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
-            always |= {id(p) for p in module.parameters(recurse=False)}
-    return {name for name, p in model.named_parameters() if id(p) not in always}
+    return dict(model.named_parameters()).keys() - models.embeddings_and_head(model)
 
 
 def load_masks(path, model):
@@ -163,7 +152,7 @@ def load_masks(path, model):
         fail(f"--mask {path}: not a mask file of version 1. Make it with make_mask.py")
     if about.get("tensors_sha256") != digest_of(masks):
         fail(f"--mask {path}: damaged, its digest does not match. Make it again with make_mask.py")
-    if about.get("fingerprint") != fingerprint(model):
+    if about.get("fingerprint") != fingerprint(shapes_of(model)):
         fail(f"--mask {path}: made for {about.get('model')}, whose parameters differ")
     if missing := sorted(maskable(model) - masks.keys()):
         fail(f"--mask {path}: no mask for {missing[:3]}. Make it again with make_mask.py")

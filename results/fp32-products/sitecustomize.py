@@ -1,9 +1,10 @@
-"""Multiply bf16 matrices in fp32 and round the products, in every script that this folder is given.
+"""Multiply bf16 matrices in fp32 and round the products: in score.py, train.py and evaluate.py.
 
     PYTHONPATH=results/fp32-products bash results/remake.sh precision eight-bit
 
 A processor without instructions for bf16 multiplies them some thirty times slower than in fp32.
-Rounding fp32 products gives the same bf16 numbers but for the order of the sums.
+Rounded fp32 products are those of bf16 but for the order of the sums. Attention differs a little
+more: it keeps its weights in fp32 here, where PyTorch's kernel for bf16 rounds them.
 """
 
 import sys
