@@ -60,11 +60,15 @@ target() {  # NAME: name the runs of a target by `call RUN RESULTS SEED LANG VAR
                         "METHODS=fft hft ssu-wanda ssu-rand"
                 done
             done ;;
-        precision)  # the authors' numerics beside fp32 weights (tables346), by learning rate
-            local some=("METHODS=fft ssu-wanda hft")
+        precision)  # the authors' numerics beside fp32 weights (tables346), by learning rate; 8 bits
+            local some=("METHODS=fft ssu-wanda hft" COMPACT=1)
             for seed in 42 43 44; do
                 call embedded-bf16-true precision-bf16-true "$seed" ne "${some[@]}" \
                     PRECISION=bf16-true
+                for optimizer in adamw8bit adamw8bit-nearest; do
+                    call "embedded-$optimizer" "precision-$optimizer" "$seed" ne COMPACT=1 \
+                        METHODS=ssu-wanda PRECISION=bf16-true OPTIMIZER="$optimizer"
+                done
             done
             for lr in 1e-4 2e-3; do
                 for precision in fp32 bf16-true; do

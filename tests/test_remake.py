@@ -17,7 +17,7 @@ RUNS = {
     "table5": 5 * 3,
     "tables346": 16 * 2 * 3,
     "languages": 4 * 5 * 3,
-    "precision": 3 * 3 + 2 * 2 * 3,
+    "precision": 3 * (3 + 2) + 2 * 2 * 3,
     "eight-bit": 3 * 3,
 }
 
