@@ -261,8 +261,9 @@ def verify_and_copy(model, source, masks):
         now = distributed.local(compact.as_in_source(model, name)).to(before.device)
         after = torch.where(now == before.to(now.dtype), before, now.float())
         if name in columns:
-            index, values = columns[name]
-            after[:, index.to(after.device)] = values.to(after)
+            index, now = (tensor.to(before.device) for tensor in columns[name])
+            was = before[:, index]
+            after[:, index] = torch.where(now == was.to(now.dtype), was, now.float())
         changed = after.view(torch.int32) != before.view(torch.int32)
         mask = distributed.local(distributed.like(masks.get(name, torch.ones(1)), p))
         update = mask.to(after.device).bool().expand(after.shape)
