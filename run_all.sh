@@ -31,7 +31,7 @@ plan=(tools/plan.py --model "$MODEL" --lang "$lang" --profile "$PROFILE" --data-
     --runs "$RUNS" --methods "${methods[@]}" --ratios "${ratios[@]}" --tasks "${tasks[@]}"
     --steps "$STEPS" --precision "$PRECISION" --compact "$COMPACT" --calibration "$CALIBRATION"
     --num-samples "$NUM_SAMPLES" --seed "$SEED" --flores "$FLORES" --language-id "$LANGUAGE_ID"
-    --gpus "$NPROC" --optimizer "$OPTIMIZER" "${batch[@]}")
+    --gpus "$NPROC" --optimizer "$OPTIMIZER" --lr "$LR" "${batch[@]}")
 "${PYTHON:-python3}" "${plan[@]}" --check || exit
 echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION, processes: $NPROC"
 
@@ -46,9 +46,8 @@ run=$RUNS/$lang; mkdir -p "$run"; exec 9> "$run/.lock"
 flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 
 # Data and the source model.
-if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then
-    prepare_embedded
-elif [ "$PROFILE" = paper ]; then
+if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then prepare_embedded; fi
+if [ "$PROFILE" = paper ]; then
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
 fi
 require "${texts[@]}" "${score_inputs[@]}"
@@ -75,7 +74,7 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
     case $1 in
         fft) ;;
         adalora) options=(--adalora --precision "${PRECISION%-true}" --save-every 0) ;;
-        gmt) options+=(--gmt-ratio "$2" --micro-batch-size "$accumulated") ;;
+        gmt) options=(--gmt-ratio "$2") ;;
         hft) mask=(--method hft --model "$MODEL" --ratio "$2" --seed "$SEED") ;;
         s2ft-*) mask=(--method "$1" --model "$MODEL" --seed "$SEED") ;;
         ssu-rand) score random column ;;

@@ -88,8 +88,9 @@ def parse_args(argv):
         parser.error("--num-samples and --batch-size must be at least 1, --seq-len at least 2")
     if args.out.exists() and format_of(args.out) != "ssu-scores":
         parser.error(f"--out {args.out} exists and is not a score file. Choose another name")
-    fast = args.device == "cuda" and args.method != "delta"
-    args.dtype = args.dtype or ("bfloat16" if fast else "float32")
+    if args.method not in CALIBRATED:  # nothing to compute that would need a GPU
+        args.device = "cpu"
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
@@ -267,7 +268,7 @@ def compute_scores(args, skeleton, owners, tokens):
 
     model = load_model(args, args.model, skeleton)
     adapted = load_model(args, args.adapted, skeleton) if args.adapted else model
-    owners = scored_parameters(model)
+    owners = scored_parameters(model)  # the modules that run, not those of the skeleton
     if args.method == "fim":
         return fisher_scores(model, owners.keys(), tokens, args.axis)
 
@@ -279,8 +280,8 @@ def compute_scores(args, skeleton, owners, tokens):
         for name, x_norm in tqdm(norms.items(), desc="score", unit="parameter"):
             weight = distributed.full(model.get_parameter(name))
             if RANK == 0:
-                moved = adapted.get_parameter(name)
-                s = element_scores(args.method, weight, x_norm, tokens.numel(), moved)
+                after = adapted.get_parameter(name)
+                s = element_scores(args.method, weight, x_norm, tokens.numel(), after)
                 scores[name] = sum_along(args.axis, s).cpu()
     return scores
 
@@ -345,7 +346,7 @@ def main(argv=None):
     try:
         run(args)
     except (OSError, SafetensorError) as error:
-        fail(f"--out {args.out} cannot be written ({error}). Free space or choose another place")
+        fail(f"a file cannot be read or written ({error}). Check --model, --out and free space")
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-size, or start it on several GPUs with torchrun")
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
     sequences, counts = load_sequences(tokenizer, model_key, 512, "--data", "ne/train.jsonl")
 
 Documents are concatenated, each ended by the end-of-text token, and cut (Section 4.3, Table 8).
-`datasets` caches each step under a key of text and tokenizer, and memory-maps the result.
+`datasets` caches each step under a key of text, tokenizer and this file, and memory-maps it.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
+import transformers
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import snapshot_download
@@ -68,7 +69,9 @@ def read_documents(flag, path, tokenizer):
                 yield {"text": text, "templated": bool(chat)}
             number += 1
     except BAD_ROW as error:
-        needed = "no usable `text`, nor `messages` that the chat template accepts"
+        needed = "no usable `text`"
+        if flag == "--source-eval":
+            needed += ", nor `messages` that the chat template accepts"
         fail(f"{flag} {path}: row {number} has {needed} ({error!r}). Correct it or leave it out")
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         fail(f"{flag} {path}: row {number} cannot be read, the file is damaged ({error})")
@@ -147,8 +150,10 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     if end_of_text not in vocabulary:
         fail("the tokenizer has no end-of-text token. Set eos_token")
     key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
+    code = f"{sha256_of([Path(__file__)])} {transformers.__version__}"
+    cache = hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:32]
 
-    documents = load_documents(flag, data, tokenizer, key)
+    documents = load_documents(flag, data, tokenizer, cache)
     ids = {"input_ids": List(Value("int32"))}
     numbers = dict.fromkeys(("tokens", "unknown", "bytes", "words"), Value("int64"))
     tokens = documents.map(
@@ -158,7 +163,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         remove_columns=documents.column_names,
         num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
         features=Features(ids | numbers),
-        new_fingerprint=f"{key}-counted",
+        new_fingerprint=f"{cache}-counted",
         desc=f"tokenize {flag}",
     ).with_format("numpy")
     counts = {name: int(tokens[name][:].sum()) for name in numbers}
@@ -177,7 +182,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         fn_kwargs={"seq_len": seq_len},
         remove_columns=tokens.column_names,
         features=Features(ids),
-        new_fingerprint=f"{key}-{seq_len}",
+        new_fingerprint=f"{cache}-{seq_len}",
         desc=f"cut {flag}",
     )
     return sequences.with_format("torch"), counts | {"documents": len(tokens), "key": key}

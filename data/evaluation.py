@@ -15,6 +15,8 @@ import torch
 from data.rows import parse
 from variants.distributed import RANK
 
+NAME = Path(sys.argv[0]).name
+SCRIPT = NAME if NAME == "chat_eval.py" else "evaluate.py"
 LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
 IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
 LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
@@ -22,7 +24,7 @@ LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"evaluate.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{SCRIPT}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

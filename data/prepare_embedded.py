@@ -602,7 +602,7 @@ def write_all(out, files, sources, versions, gguf):
         rows, names = files[name]
         listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
     made = [out / "model" / name for name in MODEL_FILES]
-    if not all(path.exists() and path.stat().st_mtime > gguf.stat().st_mtime for path in made):
+    if old.get("versions") != versions or not all(path.exists() for path in made):
         convert_model(gguf, out / "model")
     listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
     for name, entry in listed.items():

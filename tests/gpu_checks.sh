@@ -97,7 +97,7 @@ with torch.device("meta"):
 sizes = {name: p.numel() for name, p in model.named_parameters()}
 tokens = int(value["--micro-batch-size"]) * int(value["--seq-len"])
 _, planned = memory.bytes_per_gpu(
-    (model.config, sizes, memory.half_of_each_matrix(model, 0.5)),
+    (model.config, sizes, memory.trained_fractions(model, 0.5)),
     "bf16-true" if way == "bf16-true" else "bf16",
     way != "masked",
     1,

@@ -124,6 +124,14 @@ def test_chat_answers_are_greedy_saved_and_resumed(llama, chats, text, tmp_path,
     assert [count for count, tokens in made if tokens == 12] == [1]
     assert json.loads(out.read_text())["results"]["chat"] == found
 
+    # After a change of the code, all are made again.
+    made.clear()
+    header, lines = items.read_text().split("\n", 1)
+    header = json.loads(header) | {"code_sha256": "0"}
+    items.write_text(json.dumps(header) + "\n" + lines)
+    chat_eval.main([*argv, "--batch-tokens", "60"])
+    assert sum(count for count, tokens in made if tokens == 12) == 6
+
 
 def test_without_lm_eval_the_message_names_it(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)

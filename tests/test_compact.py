@@ -138,6 +138,21 @@ def test_compact_without_master_is_the_masked_loop_without_master_bit_for_bit(
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, compact[name]), name
 
 
+def test_compact_without_master_saves_what_the_masked_loop_saves(shielded, text, tmp_path):
+    """A weight that did not move keeps the source's value, which bf16 does not hold."""
+    source, mask = shielded
+    more = ["--mask", mask, "--precision", "bf16-true", "--max-grad-norm", "0", "--lr", "1e-5"]
+    saved, moved = [], []
+    for options in ([], ["--compact"]):
+        out = tmp_path / f"out{len(options)}"
+        train.main(arguments(source, text, out, *more, *options))
+        saved.append(weights(out))
+        moved.append(log_of(out)[-1]["summary"]["moved"])
+    assert moved[0] == moved[1] < 0.95 * log_of(out)[-1]["summary"]["trainable"]
+    for name, weight in saved[0].items():
+        assert torch.equal(weight, saved[1][name]), name
+
+
 @pytest.mark.parametrize(
     "more",
     [

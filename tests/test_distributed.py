@@ -13,9 +13,10 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import arguments, log_of, make_masks, static_mask, weights
+from transformers import LlamaConfig
 
 import train
-from variants import files
+from variants import distributed, files
 
 RUN = ["--steps", "8", "--weight-decay", "0.1", "--micro-batch-size", "1"]
 
@@ -52,6 +53,12 @@ def frozen_weights_are_those_of(source, trained, mask):
     for name, update in load_file(mask).items():
         keep = update.expand(before[name].shape) == 0
         assert torch.equal(before[name][keep], trained[name][keep]), name
+
+
+def test_the_dtype_of_the_source_is_known_after_the_model_is_built():
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, dtype=torch.bfloat16)
+    model = distributed.empty_model(config, dtype=torch.float32)
+    assert model.dtype == torch.float32 and config.dtype == torch.bfloat16
 
 
 @pytest.fixture()

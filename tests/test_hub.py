@@ -9,6 +9,7 @@ from conftest import TEXT
 from hub import HUB, REQUESTS
 from paper_hub import configs, put_harness_data, put_madlad, put_parquet, put_rows, put_tulu, served  # noqa: F401
 from safetensors.torch import load_file
+from test_train import arguments
 from transformers import AutoTokenizer
 
 import score
@@ -109,3 +110,10 @@ def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
     score.main(["--model", str(olmo2), *argv, str(tmp_path / "folder.safetensors")])
     for name, tensor in load_file(tmp_path / "hub.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "folder.safetensors")[name])
+
+
+def test_a_model_of_the_hub_is_trained_with_its_generation_config(served, olmo2, text, tmp_path):
+    folder = shutil.copytree(olmo2, HUB / "models/someone/other")
+    train.main(["--model", "someone/other", *arguments(olmo2, text, tmp_path / "out")[2:]])
+    saved = tmp_path / "out/model/generation_config.json"
+    assert saved.read_bytes() == (folder / "generation_config.json").read_bytes()

@@ -184,6 +184,14 @@ def test_nothing_stands_between_a_trained_model_and_its_folder(number, olmo2, te
         assert (tmp_path / "out/model" / name).read_bytes() == (model / name).read_bytes()
 
 
+def test_a_model_without_generation_config_stays_without(olmo2, text, tmp_path):
+    model = changed(olmo2, tmp_path / "model")
+    (model / "generation_config.json").unlink()
+    train.main([str(a) for a in train_argv(model, text, tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out/model").iterdir()}
+    assert names == {path.name for path in model.iterdir()} | {"README.md"}
+
+
 def test_a_template_that_writes_nothing(olmo2, evaluation, tmp_path, capsys):  # noqa: F811
     model = changed(olmo2, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{# nothing #}")

@@ -14,7 +14,7 @@ from paper_hub import MADLAD, put_harness_data, put_madlad, put_tulu
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Olmo2Config, OPTConfig
 
 import train
 from tools import memory, plan
@@ -36,7 +36,7 @@ def olmo2_7b():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    return config, sizes, memory.half_of_each_matrix(model, 0.5)
+    return config, sizes, memory.trained_fractions(model, 0.5)
 
 
 def test_state_of_a_7b_model_is_what_counting_gives(olmo2_7b):
@@ -87,7 +87,7 @@ def measured(config, precision, layout, recompute, tokens):
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     masks = {}
-    for name in memory.half_of_each_matrix(model, 0.5):
+    for name in memory.trained_fractions(model, 0.5):
         columns = torch.arange(model.get_parameter(name).shape[1])
         masks[name] = (columns % 2).view(1, -1).to(torch.uint8)
     if layout != "masked":
@@ -141,7 +141,7 @@ def test_all_bytes_are_counted_within_three_percent(case):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     numbers = {name: p.numel() for name, p in model.named_parameters()}
-    way = (config, numbers, memory.half_of_each_matrix(model, 0.5)), precision, layout != "masked"
+    way = (config, numbers, memory.trained_fractions(model, 0.5)), precision, layout != "masked"
     tokens = torch.randint(0, 3136, (2, 96), generator=torch.Generator().manual_seed(0))
     state, peak = measured(config, precision, layout, bool(more), tokens)
     eight_bit = layout == "adamw8bit"
@@ -234,6 +234,30 @@ def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, capsys):
     with pytest.raises(SystemExit):
         plan.main([*argv, *more])
     assert "needs one GPU and bf16-true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--methods", "adalora", "--precision", "fp16"], "adalora: takes neither"),
+        (["--methods", "adalora", "--optimizer", "adamw8bit"], "adalora: takes neither"),
+        (["--compact", "1", "--precision", "fp16"], "Set COMPACT=0"),
+        (["--lr", "-1"], "--lr -1.0: must be a finite number"),
+        (["--lr", "nan"], "--lr nan: must be a finite number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_training_would_refuse_is_refused_first(more, message, olmo2, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--check", "--model", str(olmo2), *more])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_layer=1, n_embd=32, n_head=2), OPTConfig()])
+def test_memory_of_an_unknown_architecture_is_not_counted(config, tmp_path, capsys):
+    config.save_pretrained(tmp_path)
+    assert plan.main(["--model", str(tmp_path)]) == 0
+    assert f"memory: not counted for {config.model_type}" in capsys.readouterr().out
 
 
 def put_glotlid_file():

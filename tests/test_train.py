@@ -444,10 +444,10 @@ def test_methods_that_exclude_each_other_are_refused(
     ):
         assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
     for extra, message in (
-        (["--adalora", "--save-every", "5"], "has no --save-every"),
+        (["--adalora", "--save-every", "5"], "takes no --save-every"),
         (["--gmt-ratio", "1"], "below 1"),
         (["--adalora", "--precision", "fp16"], "bf16 or fp32"),
-        (["--adalora", "--resume"], "has no --save-every"),
+        (["--adalora", "--resume"], "takes no --save-every"),
         (["--gmt-ratio", "nan"], "below 1"),
     ):
         assert message in refused(capsys, *arguments(olmo2, text, out, *extra))

@@ -34,11 +34,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
+from data.evaluation import versions_for
 from data.identity import git_commit, sha256_of
 from evaluate import GREEDY, SAMPLING, write_atomically
 from tools import judged
 from tools.answers import ask_all, resume
 
+ROOT = Path(__file__).resolve().parent.parent
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
 LATIN = ("ha", "ig")  # languages in the script of English
 # lm-eval's task, examples, metric, filter; IFEval limits its new tokens to 1,280 itself
@@ -388,6 +390,10 @@ def run(args):
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
     header["data_sha256"] = sha256_of(args.files)
+    code = [ROOT / "evaluate.py", ROOT / "data/languages.json"]
+    code += [ROOT / f"data/{name}.py" for name in ("evaluation", "instruct", "models")]
+    code += [ROOT / f"tools/{name}.py" for name in ("chat_eval", "answers", "judged")]
+    header |= {"code_sha256": sha256_of(code), "versions": versions_for(args.device)}
     if judges:
         header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
     items = resume(f"{stem}.items.jsonl", header, fail)
@@ -412,6 +418,7 @@ def run(args):
         results[task] = {"source": found}
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
     content |= {"settings": settings | {"model_sha256": model_sha256}}
+    content |= {"versions": header["versions"]}
     content |= {"device": args.device, "git_commit": git_commit(), "results": results}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {args.out}; every item is in {stem}.items.jsonl")

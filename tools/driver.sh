@@ -116,7 +116,8 @@ launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
             set -- "$@" --micro-batch-size "$((accumulated / processes))" ;;
     esac
     if [ "$processes" -gt 1 ]; then
-        run torchrun --standalone --nproc_per_node="$processes" "${@:2}"
+        # Ranks wait while the first one downloads and tokenizes, which counts as silence.
+        run torchrun --standalone --nproc_per_node="$processes" "${@:2}" --timeout 120
     else
         run "$@"
     fi
@@ -125,7 +126,8 @@ launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
 prepare_embedded() {  # make the model and the texts of the embedded profile, unless this made them
     local stamp=data/embedded/.made-by key
     key=$(cat data/prepare_embedded.py data/udhr.jsonl {data/,}requirements.txt | sha256sum)
-    if [ ! -e data/embedded/provenance.json ] || [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+    if [ ! -e data/embedded/provenance.json ] || [ ! -e data/embedded/model/model.safetensors ] ||
+        [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
         run python data/prepare_embedded.py  # knows its own files, and overwrites no others
         echo "$key" > "$stamp"
     fi

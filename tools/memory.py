@@ -43,7 +43,7 @@ HIGH = {"bf16": 4, "bf16-true": 2, "fp16": 4, "fp32": 4}  # and of a weight that
 SAMPLE = 256  # tokens of which activations are counted
 
 
-def half_of_each_matrix(model, ratio):
+def trained_fractions(model, ratio):
     """Return {name: trainable fraction} of each nn.Linear but the LM head."""
     head = model.get_output_embeddings()
     fractions = {}

@@ -89,6 +89,7 @@ def parse_args(argv=None):
     run("--methods", nargs="*", choices=METHODS, default=defaults, help=help_methods)
     run("--ratios", nargs="+", type=float, default=[0.5], help="fractions of columns to freeze")
     run("--steps", type=int, default=12208, help="optimizer steps")
+    run("--lr", type=float, default=5e-5, help="peak learning rate")
     run("--tasks", nargs="+", choices=EMBEDDED_TASKS + TASKS, default=["mt"], help="tasks")
     run("--calibration", default="tulu", help="tulu, alpaca, or a file")
     run("--num-samples", type=int, default=500, help="calibration sequences")
@@ -101,6 +102,12 @@ def parse_args(argv=None):
     check_values(args)
     if args.optimizer != "adamw" and (args.gpus > 1 or args.precision != "bf16-true"):
         fail(f"--optimizer {args.optimizer}: needs one GPU and bf16-true. Set NPROC and PRECISION")
+    if not 0 <= args.lr < float("inf"):
+        fail(f"--lr {args.lr}: must be a finite number of at least 0")
+    if args.compact == "1" and args.precision == "fp16":
+        fail("--compact 1 and --precision fp16: train.py takes one of them. Set COMPACT=0")
+    if "adalora" in args.methods and (args.optimizer != "adamw" or args.precision == "fp16"):
+        fail("adalora: takes neither 8-bit moments nor fp16. Leave it out of METHODS")
     return args
 
 
@@ -293,7 +300,7 @@ def check_disk(args, weights, itemsize, download):
 
 def plan(args):
     """Print the plan. Return the problems."""
-    from tools.memory import half_of_each_matrix
+    from tools.memory import trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
@@ -301,14 +308,17 @@ def plan(args):
     skeleton = load_skeleton(args.model)
     config, dtype = skeleton.config.get_text_config(), skeleton.config.dtype
     sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
-    model = config, sizes, half_of_each_matrix(skeleton, min(args.ratios))
-    weights = sum(sizes.values())
+    fractions = trained_fractions(skeleton, min(args.ratios))
+    model, weights = (config, sizes, fractions), sum(sizes.values())
+    counted = fractions and hasattr(config, "intermediate_size")
     print(f"{args.model}: {weights:,} parameters")
-    if args.profile == "paper":
+    if not counted:
+        print(f"memory: not counted for {config.model_type}")
+    elif args.profile == "paper":
         print_table(args, model)
     if args.lang:
         problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
-    if args.lang and args.methods:
+    if args.lang and args.methods and counted:
         problems += check_memory(args, model)
     return problems
 

@@ -12,7 +12,9 @@ from variants.distributed import fail
 def check(args, error):
     """Call error(message) if the other arguments do not allow AdaLoRA."""
     if args.save_every or args.resume or args.compile or args.precision not in ("bf16", "fp32"):
-        error("--adalora has no --save-every, --resume, --compile; it needs bf16 or fp32")
+        error(
+            "--adalora takes no --save-every, --resume, --compile, fp16 or bf16-true. Change them"
+        )
     if not importlib.util.find_spec("peft"):
         error("--adalora needs peft: pip install peft==0.21.2")
 

@@ -77,7 +77,9 @@ class AdamW8bit(FusedAdam):
             self.moment(p, "exp_avg", self.signed),
             self.moment(p, "exp_avg_sq", self.unsigned),
             None,  # of AMSGrad
-            torch.tensor(group["lr"]),  # a number would be compiled into the kernel
+            torch.tensor(
+                group["lr"], device=p.device
+            ),  # a number would be compiled into the kernel
             *group["betas"],
             group["weight_decay"] if p in self.decayed else 0.0,
             group["eps"],
@@ -98,7 +100,7 @@ class AdamW8bit(FusedAdam):
 
 def new_state(p):
     """Return the state of a parameter before its first step."""
-    state = {"step": torch.zeros(())}
+    state = {"step": torch.zeros((), device=p.device)}
     for name in ("exp_avg", "exp_avg_sq"):
         if p.numel() < 4096 or p.numel() % BLOCK:
             state[name] = torch.zeros(p.shape, device=p.device)

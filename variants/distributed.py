@@ -6,6 +6,7 @@ score.py and evaluate.py split their batches instead: each rank has the whole mo
 shards one that is too large for that, and all ranks then run all batches.
 """
 
+import copy
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"
+SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"  # one process may be pytest
 STDERR = sys.stderr
 MOST = 0.8  # of the memory
 NOTHING = torch.empty(0)
@@ -227,7 +228,8 @@ def fill(model, device, name, directory):
 def empty_model(config, **options):
     """Return the model without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options)
+        # A copy, as transformers writes the dtype into the config, and the source's is needed.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
 
 
 def is_too_large(model, dtype, device):

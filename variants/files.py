@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from data import models
+from data.evaluation import write_atomically
 from data.identity import digest_of, fingerprint, sha256_of, shapes_of
 from variants.distributed import (
     LOCAL_RANK,
@@ -64,6 +65,8 @@ def load_skeleton(name):
         fail(f"--model {name}: no such directory. Give a model directory or a hub id")
     model, tokenizer = models.load_skeleton(name, fail)
     directory = Path(cached_file(name, "config.json")).parent
+    absent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    cached_file(name, "generation_config.json", **dict.fromkeys(absent, False))  # to be copied
     return model, tokenizer, directory
 
 
@@ -126,6 +129,7 @@ def save_model(model, source, dtype, directory, out):
     shutil.rmtree(out, ignore_errors=True)
     model.generation_config = transformers.GenerationConfig()  # the source's is copied below
     model.to(dtype).save_pretrained(out, state_dict=state)
+    (out / "generation_config.json").unlink(missing_ok=True)
     for file in directory.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.suffix not in OTHER_FORMATS:
@@ -240,8 +244,7 @@ def check_out(out, resume):
 
 def contents_of(out):
     """Return (has OUT a finished model, its newest checkpoint, is a log or model in it foreign)."""
-    log = out / "train.jsonl"
-    foreign = log.exists() or (out / "model.tmp").exists()
+    log, foreign = out / "train.jsonl", (out / "model.tmp").exists()
     if log.exists():
         foreign = not log.open(errors="replace").readline().startswith('{"settings"')
     return (out / "model").exists(), newest_checkpoint(out), foreign
@@ -274,16 +277,6 @@ def append_line(path, values):
         return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
-
-
-def write_atomically(path, text):
-    """Write to a temporary file and rename it, so that the file is never incomplete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 
 from data.blocks import MADLAD, MADLAD_REVISION
-from data.evaluation import LANGUAGES
+from data.evaluation import LANGUAGES, write_atomically
 from variants.distributed import RANK
-from variants.files import write_atomically
 
 START, END = "<!-- results, by tools/report.py -->", "<!-- end of results -->"
-METHODS = {  # by the method of a mask, and its axis where that is not "column"
+METHODS = {  # by the method in the mask file
     "wanda": "SSU-Wanda",
     "random": "SSU-Rand",
     "magnitude": "SSU-Mag",
