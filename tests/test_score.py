@@ -427,7 +427,7 @@ def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
         assert "--device: invalid choice" in line
     (tmp_path / "file").write_text("")
     magnitude = ["--model", olmo2, "--method", "magnitude", "--out"]
-    assert "cannot be written" in refused(capsys, *magnitude, tmp_path / "file/s")
+    assert "cannot be read or written" in refused(capsys, *magnitude, tmp_path / "file/s")
     assert not out.exists()
 
 
@@ -485,7 +485,7 @@ def test_full_disk(olmo2, chats, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     lines = (tmp_path / "stderr").read_text().splitlines()
     (line,) = [line for line in lines if "error" in line]
-    assert "cannot be written" in line
+    assert "cannot be read or written" in line
     assert (tmp_path / "scores").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 

@@ -22,7 +22,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import unicodedata
@@ -81,9 +80,10 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--model", required=True, help="directory of a checkpoint, or hub id")
-    add("--lang", required=True, help="code of the target language, as in data/languages.json")
+    codes = sorted(evaluate.LANGUAGES.keys() - {"en"})
+    add("--lang", required=True, choices=codes, help="target language")
     add("--data-dir", required=True, help="directory with en/ and the target language")
-    add("--out", required=True, help="chat.json to write")
+    add("--out", required=True, type=Path, help="chat.json to write")
     add("--tasks", type=tasks, default=list(TASKS[1:5]), help=f"some of {','.join(TASKS)}")
     add("--num-questions", type=int, help="largest number of questions per task (default: all)")
     add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
@@ -96,8 +96,6 @@ def parse_args(argv=None):
     add("--dtype", choices=evaluate.DTYPES, help="precision (default: bfloat16 on cuda)")
     add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
     args = parser.parse_args(argv)
-    if args.lang not in evaluate.LANGUAGES:
-        fail(f"--lang {args.lang} is not in data/languages.json. Add it there")
     if args.runs < 1 or args.batch_tokens < 1 or (args.num_questions or 1) < 1:
         parser.error("--runs, --batch-tokens and --num-questions must be at least 1")
     if args.greedy:
@@ -362,9 +360,9 @@ def answer_everything(args, found, manager, rows, texts, items):
 
 def run(args):
     # Check what is needed before any model is loaded
-    stem = os.path.splitext(args.out)[0]
-    evaluate.check_out(Path(args.out), "ssu-chat")
-    evaluate.check_out(Path(f"{stem}.items.jsonl"), "ssu-chat-items")
+    items_path = args.out.with_suffix(".items.jsonl")
+    evaluate.check_out(args.out, "ssu-chat")
+    evaluate.check_out(items_path, "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
     texts = judged.read(args, fail)
@@ -396,7 +394,7 @@ def run(args):
     header |= {"code_sha256": sha256_of(code), "versions": versions_for(args.device)}
     if judges:
         header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
-    items = resume(f"{stem}.items.jsonl", header, fail)
+    items = resume(items_path, header, fail)
     done, _ = items
 
     # Answer and judge, and save each item
@@ -406,7 +404,8 @@ def run(args):
         answer_everything(args, (folder, config, tokenizer), manager, rows, texts, items)
     if rows:
         for number in range(args.runs):
-            write_for_judge(f"{stem}.ae2-{number}.json", rows, number, done, args.model)
+            path = args.out.with_suffix(f".ae2-{number}.json")
+            write_for_judge(path, rows, number, done, args.model)
     for task, judge in judges.items():
         free_models()
         judged.judge_all(judge, task, texts[task], args, items, fail)
@@ -421,7 +420,7 @@ def run(args):
     content |= {"versions": header["versions"]}
     content |= {"device": args.device, "git_commit": git_commit(), "results": results}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    print(f"wrote {args.out}; every item is in {stem}.items.jsonl")
+    print(f"wrote {args.out}; every item is in {items_path}")
     print("next: python tools/report.py DIRECTORY")
 
 
@@ -435,7 +434,7 @@ def free_models():
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with evaluate.locked(Path(args.out)):
+        with evaluate.locked(args.out):
             run(args)
     except OSError as error:
         fail(f"{error.filename or ''} {error.strerror or error}")

@@ -271,5 +271,5 @@ def remake(path, write_report):
         lines = block(match[2], path, write_report)
         return match[1] + "\n" + "\n\n".join(lines) + "\n\n" + match[3]
 
-    write_atomically(str(path), BLOCK.sub(made, old))
+    write_atomically(path, BLOCK.sub(made, old))
     print(f"remade {len(BLOCK.findall(old))} tables of {path}")

@@ -147,7 +147,7 @@ def add_to_cards(folders, chosen):
             if new is None:
                 print(f"{path} is not of train.py, and stays as it is")
             elif new != old:
-                write_atomically(str(path), new)
+                write_atomically(path, new)
                 print(f"added the results to {path}")
 
 
@@ -187,7 +187,7 @@ def write_report(folders, chosen, out):
     for name, figure in figures.items():
         pictures.save(figure, out / f"{name}.png")
         lines.append(f"![{name}]({name}.png)")
-    write_atomically(str(out / "report.md"), "\n\n".join(lines) + "\n")
+    write_atomically(out / "report.md", "\n\n".join(lines) + "\n")
     return lines, list(figures)
 
 
