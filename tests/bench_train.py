@@ -78,9 +78,8 @@ def flops(model, seq_len):
     count = sum(p.numel() for p in model.parameters())
     if not model.config.tie_word_embeddings:
         count -= model.get_input_embeddings().weight.numel()
-    return (
-        6 * count + 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len // 2
-    )  # causal
+    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * seq_len
+    return 6 * count + attention // 2  # causal
 
 
 def matmul_rate(args):
@@ -208,16 +207,12 @@ def worker(args):
     """Prints {"seconds": a step, "bytes": peak, "state": bytes, "flops": a token} of one way, as
     the last line.
     """
-    low = args.precision == "bf16" and args.worker in (
-        "trainer",
-        "bf16-true",
-        "lora",
-    )  # peft's adapters stay fp32
+    dtype = torch.float32
+    if args.precision == "bf16" and args.worker in ("trainer", "bf16-true", "lora"):
+        dtype = torch.bfloat16  # peft's adapters stay fp32
     with torch.device(args.device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            SHAPES[args.shape], dtype=torch.bfloat16 if low else torch.float32
-        )
+        model = AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=dtype)
     model.train()
     masks, operations = random_masks(model), flops(model, args.seq_len)
     with tempfile.TemporaryDirectory() as out:
@@ -226,17 +221,14 @@ def worker(args):
         elif args.worker == "lora":
             from peft import LoraConfig, get_peft_model
 
-            model = get_peft_model(
-                model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
-            )
+            config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
+            model = get_peft_model(model, config)
             ends, state = ours("lora", args, model, {}, Path(out))
         else:
-            ends, state = ours(
-                args.worker, args, model, {} if args.worker == "fft" else masks, Path(out)
-            )
-    seconds = statistics.median(
-        b - a for a, b in zip(ends[1:], ends[2:], strict=False)
-    )  # the first is warm-up
+            used = {} if args.worker == "fft" else masks
+            ends, state = ours(args.worker, args, model, used, Path(out))
+    # The first step is warm-up.
+    seconds = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
     print(
         json.dumps(
             {

@@ -27,9 +27,8 @@ def served():
     """The folder of the stand-in's data sets, empty, and nothing in the clients' caches."""
     shutil.rmtree(HUB, ignore_errors=True)
     HfFileSystem.clear_instance_cache()
-    if listings := sys.modules.get(
-        "huggingface_hub._tree_cache"
-    ):  # of commits, whose files never change on the hub
+    # Listings of commits, whose files never change on the hub
+    if listings := sys.modules.get("huggingface_hub._tree_cache"):
         listings._IN_MEMORY_TREE_CACHE.clear()
     REQUESTS.clear()
     (HUB / "datasets").mkdir(parents=True)

@@ -42,18 +42,15 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
         "en/mtb": 3,
     }
     drawn = [row["id"] for row in data["ig/flores.devtest"]]
-    assert (
-        drawn == pandas.DataFrame({"id": range(600)}).sample(n=500, random_state=42)["id"].tolist()
-    )
+    rows = pandas.DataFrame({"id": range(600)})
+    assert drawn == rows.sample(n=500, random_state=42)["id"].tolist()
     assert not set(drawn) & {row["id"] for row in data["ig/flores.dev"]}
     assert all(row["eng_Latn"] == f"eng_Latn {row['id']}" for row in data["ig/flores.devtest"])
     assert [len(row["text"].split()) for row in data["en/xlsum"]] == [1, 3, 5, 6, 7, 8, 9, 10]
     assert [row["answer"] for row in data["en/mmlu.test"]] == [*"ABCD"]
     listed = json.loads((tmp_path / "ig/provenance.json").read_text())
-    assert (
-        listed["flores.dev.jsonl"]["from"]
-        == "mteb/FloresBitextMining@" + prepare_paper.FLORES["ungated"][1]
-    )
+    commit = prepare_paper.FLORES["ungated"][1]
+    assert listed["flores.dev.jsonl"]["from"] == f"mteb/FloresBitextMining@{commit}"
     assert listed["xlsum.jsonl"]["from"] == f"csebuetnlp/xlsum@{COMMIT}"
 
     # A second call leaves it as it is, and asks the hub for nothing.
@@ -153,7 +150,5 @@ def test_foreign_files_are_not_overwritten(paper_sets, tmp_path, capsys):
     (tmp_path / "ig/xlsum.jsonl").write_text("mine")
     with pytest.raises(SystemExit):
         prepare_paper.main(["ig", "--model", "someone/tiny", "--out", str(tmp_path)])
-    assert (
-        "not from here" in capsys.readouterr().err
-        and (tmp_path / "ig/xlsum.jsonl").read_text() == "mine"
-    )
+    assert "not from here" in capsys.readouterr().err
+    assert (tmp_path / "ig/xlsum.jsonl").read_text() == "mine"

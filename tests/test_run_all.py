@@ -528,23 +528,15 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
     }
     chat = json.loads((run / "ssu-wanda/chat.json").read_text())
     assert set(chat["results"]) == {"ifeval", "gsm8k", "ae2", "codemix", "mtb"}
-    assert (
-        found["results"]["mt"]["source"]["n"] == 12
-        and len(found["results"]["sum"]["target"]["runs"]) == 3
-    )
+    assert found["results"]["mt"]["source"]["n"] == 12
+    assert len(found["results"]["sum"]["target"]["runs"]) == 3
     log = [json.loads(line) for line in (run / "ssu-wanda/train.jsonl").read_text().splitlines()]
     trained = log[0]["settings"]
     assert {"source_bpb", "target_bpb"} <= set().union(*log)
-    assert (trained["batch_size"], trained["seq_len"], trained["lr"], trained["steps"]) == (
-        32,
-        512,
-        5e-5,
-        2,
-    )
-    assert (
-        log[-1]["summary"]["frozen_verified"] > 0
-        and "| SSU-Wanda |" in (run / "report.md").read_text()
-    )
+    assert (trained["batch_size"], trained["seq_len"]) == (32, 512)
+    assert (trained["lr"], trained["steps"]) == (5e-5, 2)
+    assert log[-1]["summary"]["frozen_verified"] > 0
+    assert "| SSU-Wanda |" in (run / "report.md").read_text()
 
     before = (run / "ssu-wanda/model/model.safetensors").read_bytes()
     refused = run_all("ig", **settings | {"STEPS": "3"})  # a finished model is not replaced

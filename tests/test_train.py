@@ -218,15 +218,9 @@ def test_every_static_method_is_a_mask(method, kind, chats, text, tmp_path, requ
     train.main(arguments(model, text, tmp_path / "out", *extra, "--resume"))
     source, trained, frozen = load_file(model / "model.safetensors"), weights(tmp_path / "out"), 0
     for name, before in source.items():
-        keep = (
-            masks[name].expand(before.shape) == 0
-            if name in masks
-            else torch.zeros_like(before, dtype=torch.bool)
-        )
+        keep = masks.get(name, torch.ones(1)).expand(before.shape) == 0
         assert torch.equal(before[keep], trained[name][keep]), name
-        if (
-            "embed" not in name and "lm_head" not in name
-        ):  # tokens that do not occur get no gradient
+        if "embed" not in name and "lm_head" not in name:  # absent tokens get no gradient
             assert keep.all() or (before[~keep] != trained[name][~keep]).float().mean() > 0.95, name
         frozen += int(keep.sum())
     assert log_of(tmp_path / "out")[-1]["summary"]["frozen_verified"] == frozen > 0
@@ -283,16 +277,10 @@ def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo
     trained = weights(tmp_path / "out")
     for name, p in model.named_parameters():
         moved, g = trained[name] != p, expected[name]
-        assert (moved == (g != 0)).float().mean() > 0.999, (
-            name
-        )  # the threshold's neighbours may change places
-        assert (
-            torch.allclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4)
-            or torch.isclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4)
-            .float()
-            .mean()
-            > 0.999
-        )
+        # The threshold's neighbors may change places.
+        assert (moved == (g != 0)).float().mean() > 0.999, name
+        close = torch.isclose(trained[name], p - 1e-2 * g / (g.abs() + 1e-8), atol=2e-4)
+        assert close.float().mean() > 0.999, name
         if "proj" in name:
             assert 0.25 <= moved.float().mean() + 1e-3 and moved.float().mean() < 0.5 + 1e-3
 
@@ -349,9 +337,8 @@ def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     for name, before in load_file(source / "model.safetensors").items():
         trained = "embed" in name or "lm_head" in name or name.endswith("proj.weight")
         assert trained == (not torch.equal(merged.get_parameter(name), before)), name
-    assert sum(unmerged["ranks"]) == 8 * len(
-        unmerged["ranks"]
-    )  # pruned from 12 to Table 8's average of 8
+    # Pruned from 12 to Table 8's average of 8
+    assert sum(unmerged["ranks"]) == 8 * len(unmerged["ranks"])
 
 
 def test_adalora_refuses_to_save_a_frozen_weight_that_moved(olmo2, capsys):
@@ -527,9 +514,8 @@ def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp
                 p.grad = None
     for name, value in weights(tmp_path / "out").items():
         close = torch.isclose(value.double(), model.get_parameter(name), atol=1e-4)
-        assert close.float().mean() > 0.999, (
-            name
-        )  # Adam amplifies rounding where a gradient is next to 0
+        # Adam amplifies rounding where a gradient is next to 0.
+        assert close.float().mean() > 0.999, name
 
 
 def next_tokens(model, text, folder, flag="--data"):
@@ -1026,6 +1012,5 @@ def test_fp16_leaves_out_a_step_that_overflows(olmo2, mask, text, tmp_path):
         )
     )
     norms = [line["grad_norm"] for line in log_of(tmp_path / "out") if line.get("step")]
-    assert (
-        norms[0] is None and None not in norms[-1:] and sum(norm is not None for norm in norms) > 10
-    )
+    assert norms[0] is None and norms[-1] is not None
+    assert sum(norm is not None for norm in norms) > 10
