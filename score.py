@@ -72,7 +72,7 @@ def parse_args(argv):
     add("--batch-size", type=int, default=4, help="sequences per forward pass (fim: 1)")
     add("--seed", type=int, default=42, help="seed of the text's order and of random scores")
     add("--dtype", choices=["float32", "bfloat16"], help="precision (default: bfloat16 on a GPU)")
-    add("--device", choices=DEVICES, default=DEVICES[-1], help="device of the model")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="device, for methods that read text")
     add("--timeout", type=float, default=10, help="minutes to wait for a rank that hangs")
     args = parser.parse_args(argv)
 
