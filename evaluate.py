@@ -53,7 +53,6 @@ from data.identity import git_commit, sha256_of
 from data.models import DATE, check_unknown, context_of
 from variants import distributed
 
-ROOT = Path(__file__).resolve().parent
 GREEDY = dict(do_sample=False)
 SAMPLING = dict(do_sample=True, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1)
 SHOTS = {"mt": 3, "mrc": 3, "mmlu": 5}  # Section 4.5
@@ -457,10 +456,8 @@ def evaluate(args):
     settings |= dict(model_sha256=model_sha256, data_sha256=sha256_of(args.files))
     settings |= dict(date=str(DATE.date()), enable_thinking=False)
     versions = evaluation.versions_for(args.device)
-    code = [ROOT / "evaluate.py", ROOT / "data/languages.json"]
-    code += [ROOT / f"data/{name}.py" for name in ("evaluation", "instruct", "models")]
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
-    header |= dict(versions=versions, code_sha256=sha256_of(code))
+    header |= dict(versions=versions, code_sha256=evaluation.code_sha256("evaluate.py"))
 
     with locked(args.out):
         done = evaluation.read_items(items_path, header)

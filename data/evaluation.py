@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from data.identity import sha256_of
 from data.rows import parse
 from variants.distributed import RANK
 
+ROOT = Path(__file__).resolve().parent.parent
 NAME = Path(sys.argv[0]).name
 SCRIPT = NAME if NAME == "chat_eval.py" else "evaluate.py"
 LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
@@ -26,6 +28,12 @@ def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print(f"{SCRIPT}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def code_sha256(*scripts):
+    """Return the sha256 of scripts, and of what writes their prompts."""
+    shared = ["data/evaluation.py", "data/instruct.py", "data/languages.json", "data/models.py"]
+    return sha256_of([ROOT / name for name in (*shared, *scripts)])
 
 
 def versions_for(device):

@@ -33,13 +33,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
-from data.evaluation import versions_for
+from data.evaluation import code_sha256, versions_for
 from data.identity import git_commit, sha256_of
 from evaluate import GREEDY, SAMPLING, write_atomically
 from tools import judged
 from tools.answers import ask_all, resume
 
-ROOT = Path(__file__).resolve().parent.parent
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
 LATIN = ("ha", "ig")  # languages in the script of English
 # lm-eval's task, examples, metric, filter; IFEval limits its new tokens to 1,280 itself
@@ -388,10 +387,9 @@ def run(args):
     header = {"format": "ssu-chat-items", "version": 1, "settings": settings}
     header["model_sha256"] = model_sha256
     header["data_sha256"] = sha256_of(args.files)
-    code = [ROOT / "evaluate.py", ROOT / "data/languages.json"]
-    code += [ROOT / f"data/{name}.py" for name in ("evaluation", "instruct", "models")]
-    code += [ROOT / f"tools/{name}.py" for name in ("chat_eval", "answers", "judged")]
-    header |= {"code_sha256": sha256_of(code), "versions": versions_for(args.device)}
+    scripts = [f"tools/{name}.py" for name in ("chat_eval", "answers", "judged")]
+    header["code_sha256"] = code_sha256("evaluate.py", *scripts)
+    header["versions"] = versions_for(args.device)
     if judges:
         header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
     items = resume(items_path, header, fail)

@@ -12,9 +12,7 @@ from variants.distributed import fail
 def check(args, error):
     """Call error(message) if the other arguments do not allow AdaLoRA."""
     if args.save_every or args.resume or args.compile or args.precision not in ("bf16", "fp32"):
-        error(
-            "--adalora takes no --save-every, --resume, --compile, fp16 or bf16-true. Change them"
-        )
+        error("--adalora takes no --save-every, --resume, --compile, fp16 or bf16-true. Remove it")
     if not importlib.util.find_spec("peft"):
         error("--adalora needs peft: pip install peft==0.21.2")
 

@@ -70,6 +70,7 @@ class AdamW8bit(FusedAdam):
         self.state[p]["step"] += 1
         mask = self.masks.get(p)
         before = None if mask is None else p.clone()
+        lr = torch.tensor(group["lr"], device=p.device)  # a number would be compiled in
         self.adam(
             p.detach(),
             p.grad,
@@ -77,9 +78,7 @@ class AdamW8bit(FusedAdam):
             self.moment(p, "exp_avg", self.signed),
             self.moment(p, "exp_avg_sq", self.unsigned),
             None,  # of AMSGrad
-            torch.tensor(
-                group["lr"], device=p.device
-            ),  # a number would be compiled into the kernel
+            lr,
             *group["betas"],
             group["weight_decay"] if p in self.decayed else 0.0,
             group["eps"],
