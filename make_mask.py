@@ -1,8 +1,8 @@
 r"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2).
 
 A mask is 1 where a weight is trained and 0 where it is frozen. In each parameter, the columns are
-ranked by their importance S_j (score.py), and the int(k * columns) highest are frozen. Parameters
-are not compared with each other. Of equal scores, the lower index is frozen first.
+ranked by their importance S_j (score.py), and the int(ratio * columns) highest are frozen. No
+parameter is compared with another. Of equal scores, the lower index is frozen first.
 
     python make_mask.py --scores runs/ne/scores-wanda.safetensors --ratio 0.5 \
         --out runs/ne/ssu-wanda/mask.safetensors
@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.identity import digest_of, fingerprint, format_of, save_tensors, shapes_of
-from data.models import embeddings_and_head, load_skeleton
+from data.models import embeddings_and_head, load_skeleton, stop_clock
 
 METHODS = ("hft", "s2ft-down", "s2ft-down-output", "s2ft-down-embeddings")
 
@@ -169,6 +169,7 @@ def s2ft_masks(model, ratio, seed, kinds):
 
 def chat_token_ids(tokenizer):
     """Return the ids of the tokens that the chat template writes around the turns."""
+    stop_clock()
     turns = [{"role": role, "content": "CONTENT"} for role in ("user", "assistant", "user")]
     for chat in ([{"role": "system", "content": "CONTENT"}, *turns], turns):
         try:
@@ -216,7 +217,7 @@ def main(argv=None):
                 for name in embeddings_and_head(model):
                     del masks[name]
 
-    # For any mask, as the authors' code does: the rows of the chat template's tokens
+    # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 20)
     if args.freeze_chat_tokens:
         model, tokenizer = load_skeleton(about["model"], fail)
         ids = chat_token_ids(tokenizer)

@@ -206,7 +206,7 @@ def element_scores(method, weight, x_norm, num_tokens, adapted):
 
 
 def sum_along(axis, s):
-    """Return the sums of s [d_out, d_in] over columns [d_in] or rows [d_out] (Table 3), or s."""
+    """Return the sum of each column [d_in] or row [d_out] of s [d_out, d_in] (Table 3), or s."""
     if axis == "element" or s.dim() == 1:
         return s
     return s.sum(0) if axis == "column" else s.sum(1)
@@ -257,12 +257,12 @@ def load_model(args, name, skeleton):
     model = distributed.empty_model(skeleton.config, dtype=dtype)
     distributed.shard(model, args.dtype)
     directory = Path(cached_file(name, "config.json")).parent
-    distributed.fill(model, args.device, name, directory)
+    distributed.fill(model, args.device, name, directory, dtype)
     return model.eval()
 
 
 def compute_scores(args, skeleton, owners, tokens):
-    """Return {name: fp32 scores} of the parameters that receive tokens. Rank 0 gets them all."""
+    """Return {name: fp32 scores}, on rank 0. Parameters that no token has reached are missing."""
     if args.method == "random":
         return random_scores(skeleton, owners, args.axis, args.seed)
 

@@ -28,7 +28,7 @@ have:
     loss, grad_norm                   nats per token, mean of the step; masked, before clipping
     ms_per_step, tokens_per_second    since the start or --resume, without evaluation and saving
     peak_memory                       bytes
-    {source,target}_{loss,bpb}        held-out text: nats per token, bits per byte
+    {source,target}_{loss,bpb}        held-out text, chats whole: nats per token, bits per byte
 """
 
 import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
@@ -120,18 +120,20 @@ def parse_args(argv=None):  # noqa: C901
 # Model
 
 
-def build_model(args, masks, config, directory):
+def build_model(args, masks, skeleton, directory):
     """Return the model to train. Parameters that are frozen as a whole get no gradient.
 
+    skeleton: the model without weights.
     masks: {parameter name: uint8 tensor that broadcasts to it}, 1 = update, 0 = freeze.
     """
-    flash = args.device == "cuda" and args.precision != "fp32" and is_flash_attn_2_available()
+    flash = args.device == "cuda" and args.precision != "fp32" and skeleton._supports_flash_attn
+    flash = flash and is_flash_attn_2_available()
     options = {"attn_implementation": "flash_attention_2"} if flash else {}
     options["dtype"] = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     if WORLD == 1:
-        model = files.load_model(args.model, config, **options)
+        model = files.load_model(args.model, skeleton.config, **options)
     else:
-        model = distributed.empty_model(config, **options)
+        model = distributed.empty_model(skeleton.config, **options)
     print(f"attention: {model.config._attn_implementation}")
     for name, mask in masks.items():
         model.get_parameter(name).requires_grad_(bool(mask.any()))
@@ -157,7 +159,7 @@ def build_model(args, masks, config, directory):
 
 
 def learning_rate(step, args):
-    """Return the rate of step `step` (from 0): linear warmup, then cosine decay to 0 (Table 8)."""
+    """Return the rate of step `step` (from 0): linear warmup from 0, cosine decay (Table 8)."""
     warmup = math.ceil(args.steps * args.warmup_ratio)
     if step < warmup:
         return args.lr * step / warmup
@@ -247,7 +249,7 @@ def decay_weights(decayed, lr_times_decay):
 
 @torch.no_grad()
 def verify_and_copy(model, source, masks):
-    """Check that frozen weights did not move, and copy trained ones into source (Section 3.3).
+    """Check that frozen weights did not move, and copy trained ones into source.
 
     source: {parameter name: fp32 weights of the source model}. A weight that equals the source's
     after rounding to the training dtype keeps the source's value, so that no rounding error is
@@ -423,7 +425,7 @@ def run(args):
 
     # Train, prove, save
     with files.locked(args.out, args.resume):
-        model = build_model(args, masks, skeleton.config, directory)
+        model = build_model(args, masks, skeleton, directory)
         train(args, model, masks, sequences, heldout, settings)
         prove_and_save(args, model, masks, skeleton, directory)
 

@@ -24,13 +24,12 @@ from jinja2 import TemplateError
 from pyarrow import ArrowException
 
 from data.identity import sha256_of
-from data.models import check_unknown, stop_clock
+from data.models import check_unknown, end_of_text, stop_clock
 from data.rows import parse
 from variants.files import fail
 
 MADLAD = "allenai/MADLAD-400"  # Section 4.3
 MADLAD_REVISION = "ecd71297d60c1eb996cd3d7c44c60ad5b55adfc6"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # not the end of a chat turn
 BAD_ROW = (
     LookupError,
     TypeError,
@@ -81,6 +80,8 @@ def read_documents(flag, path, tokenizer):
 
 def render(chat, tokenizer):
     """Return a chat in the model's chat template, whose clock stands still."""
+    if tokenizer.chat_template is None:
+        fail("--source-eval: the model has no chat template for `messages`. Give rows with `text`")
     for turn in chat:
         turn["content"].encode()  # a template may write a list of parts as Python does
     stop_clock()
@@ -114,14 +115,14 @@ def load_documents(flag, data, tokenizer, key):
     return documents.map(lambda row: {"text": row["text"].replace("\\n", "\n"), "templated": False})
 
 
-def tokenize(batch, tokenizer, end_of_text):
+def tokenize(batch, tokenizer, end_id):
     """Tokenize documents, each ended by the end-of-text token. Count tokens and so on."""
     ids = []
     for text, templated in zip(batch["text"], batch["templated"], strict=True):
         # Raw text is data: a control token quoted in it is spelled out. A template adds its BOS.
         options = {"add_special_tokens": not templated, "split_special_tokens": not templated}
         document = tokenizer(text, **options)["input_ids"]
-        ids.append(document if document[-1:] == [end_of_text] else document + [end_of_text])
+        ids.append(document if document[-1:] == [end_id] else document + [end_id])
     return {
         "input_ids": ids,
         "tokens": [len(document) for document in ids],
@@ -145,12 +146,9 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         source = sha256_of([Path(data)])
     else:
         fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt")
-    vocabulary = tokenizer.get_vocab()
-    end_of_text = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
-    if end_of_text not in vocabulary:
-        fail("the tokenizer has no end-of-text token. Set eos_token")
+    end, end_id = end_of_text(tokenizer, fail)
     key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
-    code = f"{sha256_of([Path(__file__)])} {transformers.__version__}"
+    code = f"{sha256_of([Path(__file__)])} {transformers.__version__} {end_id}"
     cache = hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:32]
 
     documents = load_documents(flag, data, tokenizer, cache)
@@ -159,7 +157,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     tokens = documents.map(
         tokenize,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "end_of_text": vocabulary[end_of_text]},
+        fn_kwargs={"tokenizer": tokenizer, "end_id": end_id},
         remove_columns=documents.column_names,
         num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
         features=Features(ids | numbers),
@@ -172,7 +170,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     print(
         f"{flag} {data}: {len(tokens):,} documents, {counts['bytes']:,} bytes, "
         f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "
-        f"{counts['tokens'] / max(1, counts['words']):.2f} per word; {end_of_text!r} ends each"
+        f"{counts['tokens'] / max(1, counts['words']):.2f} per word; {end!r} ends each"
     )
     check_unknown(tokenizer, counts["unknown"], counts["tokens"], f"{flag} {data}", fail)
     sequences = tokens.map(

@@ -21,7 +21,7 @@ from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 from tqdm import tqdm
 
-from data.models import check_unknown, stop_clock
+from data.models import check_unknown, end_of_text, stop_clock
 from data.rows import parse
 
 PRESETS = {  # --data: data set, revision, size of the download
@@ -97,11 +97,9 @@ def load_preset(name, seed):
 def tokenize(document, tokenizer):
     """Return the token ids of a chat in the model's template, or of raw text and its end."""
     if isinstance(document, str):
-        if tokenizer.eos_token_id is None:
-            fail("the tokenizer has no end-of-text token for raw text. Set eos_token or give chats")
         # Raw text is data: <|endoftext|> in it is a quotation, not a control token.
         ids = tokenizer(document, split_special_tokens=True)["input_ids"]
-        return ids + [tokenizer.eos_token_id]
+        return ids + [end_of_text(tokenizer, fail)[1]]
 
     stop_clock()
     try:

@@ -5,6 +5,7 @@ All stages ask here, so that a model which one refuses is refused by the others,
 
 import datetime
 import types
+from functools import lru_cache
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,6 +25,8 @@ from transformers.utils import chat_template_utils
 BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError)
 NO_LIMIT = 2**40  # positions
+# Not the end of a chat turn. In Gemma's vocabulary, "</s>" is a tag of HTML.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "<EOS_TOKEN>", "</s>")
 DATE = datetime.datetime(2025, 1, 1)  # "today" in chat templates that write a date
 ENCODERS = ("bert-generation", "trocr", "xlnet")  # these do not say so in their config
 
@@ -76,9 +79,31 @@ def load_tokenizer(name, rows, fail):
             raise
         fail(f"model {name}: its tokenizer cannot be read: {error}")
     size = max(vocabulary.values(), default=-1) + 1
-    if not 0 < size <= rows:
+    unused = 0
+    while size - unused > rows and is_placeholder(tokenizer, size - unused - 1):
+        unused += 1
+    if not 0 < size - unused <= rows:
         fail(f"model {name}: {size} tokens, but {rows} embeddings. Check its tokenizer")
     return tokenizer
+
+
+def is_placeholder(tokenizer, i):
+    """Return whether token i stands in no text, as the one for images does in Gemma 3 1B."""
+    token = tokenizer.added_tokens_decoder.get(i)
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    if token is None or not token.special or token.content in named:
+        return False
+    return token.content not in str(tokenizer.chat_template)
+
+
+@lru_cache
+def end_of_text(tokenizer, fail):
+    """Return the token that ends a document of raw text, and its id."""
+    vocabulary = tokenizer.get_vocab()
+    token = next((token for token in END_OF_TEXT if token in vocabulary), tokenizer.eos_token)
+    if token not in vocabulary:
+        fail("the tokenizer has no end-of-text token for raw text. Set eos_token")
+    return token, vocabulary[token]
 
 
 def stop_clock():

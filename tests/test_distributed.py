@@ -6,14 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import quick_python
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import ROOT, forked
+from safetensors.torch import load_file, save_file
+from test_architectures import SCORED, build
 from test_train import arguments, log_of, make_masks, static_mask, weights
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from variants import distributed, files
@@ -59,6 +61,34 @@ def test_the_dtype_of_the_source_is_known_after_the_model_is_built():
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, dtype=torch.bfloat16)
     model = distributed.empty_model(config, dtype=torch.float32)
     assert model.dtype == torch.float32 and config.dtype == torch.bfloat16
+
+
+def compare_with_files(folder):
+    """Fill a sharded model from its files, in a group of one rank, and compare all its tensors."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sharded = distributed.empty_model(whole.config, dtype=torch.float32)
+    distributed.shard(sharded, "bf16")
+    distributed.fill(sharded, "cpu", folder, Path(folder))
+    found = dict(sharded.named_buffers()) | dict(sharded.named_parameters())
+    expected = dict(whole.named_buffers()) | dict(whole.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(distributed.full(found[name]), tensor), name
+
+
+@pytest.mark.parametrize("kind", ["apertus", "diffllama"])
+def test_a_sharded_model_is_that_of_the_files(kind, tmp_path):
+    """With buffers that the files hold (Apertus), and norms without weights (DiffLlama)."""
+    model = build(tmp_path / "m", *SCORED[kind])
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if name.endswith((".beta", ".eps")):
+            tensors[name] += 0.25
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    pid = forked(lambda argv: compare_with_files(*argv), [model])  # a group ends with its process
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.fixture()
@@ -110,6 +140,8 @@ def test_ranks_make_the_run_of_one(kind, count, precision, chats, text, tmp_path
     logs = [log_of(tmp_path / name) for name in ("one", "many")]
     for line, same in zip(*(log[1:-1] for log in logs), strict=True):
         assert same.get("loss") == pytest.approx(line.get("loss"), abs=tolerance)
+        norms = [log.get("grad_norm", 0) for log in (line, same)]
+        assert norms[1] == pytest.approx(norms[0], rel=100 * tolerance)
         assert same.get("tokens") == line.get("tokens")
     for key in ("frozen_verified", "trainable"):
         assert logs[0][-1]["summary"][key] == logs[1][-1]["summary"][key]

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, TEMPLATE, TEXT, forked, write_jsonl
 from safetensors.torch import load_file
 from test_architectures import evaluate_argv, evaluation, train_argv  # noqa: F401
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,6 +23,7 @@ import evaluate
 import make_mask
 import score
 import train
+from data import models
 from data.identity import digest_of
 from data.rows import parse
 from variants import files
@@ -139,6 +140,28 @@ def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
     found = commands(model, chats, text, evaluation, tmp_path)
     for name in ("score", "train", "evaluate"):
         assert "% of the tokens are <unk>" in refused(capsys, *found[name])
+
+
+def test_the_end_of_text_of_gemma_is_not_a_tag():
+    words = {"</s>": 0, "<eos>": 1, "<end_of_turn>": 2}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<end_of_turn>"
+    )
+    assert models.end_of_text(tokenizer, files.fail) == ("<eos>", 1)
+
+
+def test_a_placeholder_needs_no_embedding(olmo2, text, tmp_path, capsys):
+    """As that for images in Gemma 3 1B. A token of the chat template needs one."""
+    model = changed(olmo2, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.add_tokens(AddedToken("<image>", special=True))
+    tokenizer.save_pretrained(model)
+    assert len(models.load_skeleton(model, files.fail)[1]) == 401
+    tokenizer.chat_template += "<image>"
+    tokenizer.save_pretrained(model)
+    assert "401 tokens, but 400" in refused(
+        capsys, train.main, train_argv(model, text, tmp_path / "out")
+    )
 
 
 def test_a_tokenizer_without_end_of_text_ends_every_stage(

@@ -260,6 +260,10 @@ def test_a_template_without_a_system_turn():
     assert make_mask.chat_token_ids(tokenizer) == expected
     tokenizer.chat_template += "{% if add_generation_prompt %}<|endoftext|>{% endif %}"
     assert make_mask.chat_token_ids(tokenizer) == sorted([0, *expected])  # 0 is <|endoftext|>
+    tokenizer.chat_template += "{{ strftime_now('%Y') }}"
+    assert make_mask.chat_token_ids(tokenizer) == sorted(
+        {0, *expected, *tokenizer("2025").input_ids}
+    )
 
 
 # What is refused

@@ -119,7 +119,7 @@ def test_alpaca_rows_become_chats(olmo2, tmp_path):
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"}]
     rows += [{"instruction": "Add.", "input": "", "output": ""}]
     data, tokenizer = write_jsonl(tmp_path / "d.jsonl", rows), AutoTokenizer.from_pretrained(olmo2)
-    text = tokenizer.decode(score.calibration_tokens(data, tokenizer, 1, 32, 3).flatten())
+    text = tokenizer.decode(score.calibration_tokens(data, tokenizer, 1, 48, 3).flatten())
     first = "<|im_start|>user\nAdd.\n\nInput: 1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
     second = "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
     assert (first + second).startswith(text) or (second + first).startswith(text)
@@ -131,6 +131,22 @@ def test_control_tokens_in_raw_text_are_text(olmo2, tmp_path):
     tokens = score.calibration_tokens(data, tokenizer, 1, 32, 0)
     assert tokenizer.eos_token_id not in tokens
     assert tokenizer.decode(tokens[0]).startswith("a <|im_end|> b a")
+
+
+def test_sums_are_in_fp32(olmo2):
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.bfloat16)
+    owners = score.scored_parameters(model)
+    norms = score.input_norms(model, owners, torch.arange(64).view(2, 32), 2)
+    assert norms and all(norm.dtype == torch.float32 for norm in norms.values())
+
+
+def test_raw_text_ends_as_in_training(olmo2, tmp_path):
+    """With <|endoftext|>, 0, and not with <|im_end|>, the end of a turn."""
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "a b"}] * 20)
+    document = [*tokenizer("a b")["input_ids"], 0]
+    tokens = score.calibration_tokens(data, tokenizer, 1, 2 * len(document), 0)
+    assert tokens.tolist() == [2 * document]
 
 
 def test_only_raw_text_gets_the_tokenizers_own_bos(olmo2, chats, tmp_path):
@@ -468,12 +484,6 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     tokenizer.save_pretrained(tmp_path / "m")
     assert "no such role" in refused(capsys, "--model", tmp_path / "m", *argv)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "m")
-    text = write_jsonl(tmp_path / "text.jsonl", [{"text": TEXT[0]}])
-    assert "no end-of-text token" in refused(
-        capsys, "--model", tmp_path / "m", *argv[2:], "--data", text
-    )
 
 
 def test_full_disk(olmo2, chats, tmp_path):

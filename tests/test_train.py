@@ -98,7 +98,12 @@ def log_of(folder):
 
 
 @pytest.mark.parametrize(
-    "kind,precision", [("olmo2", "bf16"), ("llama", "fp32"), ("qwen2", "fp16")]
+    "kind,precision",
+    [
+        ("olmo2", "bf16"),
+        pytest.param("llama", "fp32", marks=pytest.mark.slow),
+        pytest.param("qwen2", "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, tmp_path):
     model = tiny_model(tmp_path / "source", kind)
@@ -192,7 +197,7 @@ def model_kind(folder):
 @pytest.mark.parametrize(
     "method",
     [
-        "wanda-row",
+        pytest.param("wanda-row", marks=pytest.mark.slow),
         "wanda-element",
         "hft",
         "lota",
@@ -581,6 +586,8 @@ def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
             chats,
             "--target-eval",
             text,
+            "--eval-tokens",
+            320,
         )
     )
     lines = {line["step"]: line for line in log_of(tmp_path / "out") if "step" in line}
@@ -590,6 +597,8 @@ def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
     assert "source_bpb" not in lines[1]
     tokens, facts = next_tokens(olmo2, text, tmp_path)
     blocks = torch.tensor(tokens).view(-1, 32)
+    assert len(blocks) > 20
+    blocks = blocks[[i * (len(blocks) - 1) // 9 for i in range(10)]]  # 320 tokens, taken evenly
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)(
             input_ids=blocks
@@ -856,6 +865,10 @@ def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp
     assert "no such role" in refused(
         capsys, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
     )
+    (tmp_path / "m/chat_template.jinja").unlink()
+    assert "no chat template" in refused(
+        capsys, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
+    )
 
 
 def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
@@ -978,15 +991,17 @@ def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(
     assert not (tmp_path / "out/model").exists()
 
 
-@pytest.mark.parametrize("limit,what", [(60_000, "checkpoint"), (170_000, "checkpoint")])
-def test_full_disk_is_one_line_and_loses_nothing(limit, what, olmo2, text, checkpointed, tmp_path):
+@pytest.mark.parametrize("limit,every,name", [(60_000, 5, "checkpoint"), (170_000, 0, "model.tmp")])
+def test_full_disk_is_one_line_and_loses_nothing(
+    limit, every, name, olmo2, text, checkpointed, tmp_path
+):
     """A limit on the size of a file stands for a full disk: a write fails half-way."""
     before = {path: path.read_bytes() for path in checkpointed.rglob("*.safetensors")}
     errors = tmp_path / "stderr"
     out, again = checkpointed, ["--resume"]
     pid = forked(
         train.main,
-        arguments(olmo2, text, out, "--save-every", "5", *again),
+        arguments(olmo2, text, out, "--save-every", every, *again),
         limit_file_size(limit, errors),
     )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
@@ -994,6 +1009,28 @@ def test_full_disk_is_one_line_and_loses_nothing(limit, what, olmo2, text, check
     assert "intact" in line
     assert {path: path.read_bytes() for path in before} == before
     assert not (out / "model").exists()
+    assert (out / "model.tmp").exists() == (name == "model.tmp")
+
+
+def test_the_proof_refuses_what_moved_and_what_is_not_finite(capsys):
+    """The first of two columns is frozen."""
+    for column, value, message in (
+        (0, 9.0, "frozen weights of 0.weight moved"),
+        (1, math.nan, "finite"),
+    ):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
+        source = {"0.weight": model[0].weight.detach().clone()}
+        masks = {"0.weight": torch.tensor([[0, 1]], dtype=torch.uint8)}
+        assert train.verify_and_copy(model, source, masks) == [3, 3, 0]
+        model[0].weight.data[1, column] = value
+        with pytest.raises(SystemExit):
+            train.verify_and_copy(model, source, masks)
+        assert message in capsys.readouterr().err
+
+
+def test_the_loss_is_in_fp32(olmo2):
+    model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.bfloat16)
+    assert train.next_token_loss(model, torch.arange(64).view(2, 32)).dtype == torch.float32
 
 
 def test_fp16_leaves_out_a_step_that_overflows(olmo2, mask, text, tmp_path):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -178,7 +179,11 @@ def shard(model, precision):
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         if precision == "bf16":
-            matrices = [m for m in layer.modules() if getattr(m, "weight", NOTHING).dim() == 2]
+            matrices = []
+            for module in layer.modules():
+                weight = getattr(module, "weight", None)  # None in norms without weights
+                if weight is not None and weight.dim() == 2:
+                    matrices.append(module)
             fully_shard(matrices, mesh=mesh, mp_policy=bf16)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -191,8 +196,8 @@ def reshard(model):
             module.reshard()
 
 
-def read_source(model, name, directory):
-    """Return {parameter name: fp32 weights of the source, laid out as the model's}.
+def read_source(model, name, directory, dtype=torch.float32):
+    """Return {parameter name: weights of the source in dtype, laid out as the model's}.
 
     Each rank reads its rows from the safetensors files.
     """
@@ -202,7 +207,7 @@ def read_source(model, name, directory):
     source = {}
     for key, p in model.named_parameters():
         if not key.endswith(".columns"):
-            source[key] = torch.zeros_like(p, dtype=torch.float32, device=p.device).detach()
+            source[key] = torch.zeros_like(p, dtype=dtype, device=p.device).detach()
     try:
         with one_error():
             dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
@@ -211,14 +216,29 @@ def read_source(model, name, directory):
     return source
 
 
+def read_buffers(model, directory):
+    """Return {name: tensor} of what a model's files hold beside weights: Apertus's beta and eps."""
+    names = dict(model.named_buffers()).keys() & model.state_dict().keys()
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in names & set(file.keys())}
+    return found
+
+
 @torch.no_grad()
-def fill(model, device, name, directory):
-    """Fill a sharded model without weights from the source's files. Return the source's weights."""
+def fill(model, device, name, directory, dtype=torch.float32):
+    """Fill a sharded model without weights from the source's files.
+
+    Return the source's weights, in dtype.
+    """
     model.to_empty(device=device)
     for module in model.modules():
         if module._buffers:  # rotary frequencies, which no file holds
             model._init_weights(module)
-    source = read_source(model, name, directory)
+    source = read_source(model, name, directory, dtype)
+    for key, buffer in read_buffers(model, directory).items():
+        model.get_buffer(key).copy_(buffer)
     for key, p in model.named_parameters():
         if key in source:
             p.copy_(source[key])

@@ -42,6 +42,7 @@ from variants.distributed import (
     local,
     mine,
     one_error,
+    read_buffers,
 )
 
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
@@ -103,14 +104,11 @@ def is_exact(source, dtype):
 
 
 def saved_buffers(model, directory):
-    """Return {name: tensor} of what a model's files hold beside weights: Apertus's beta and eps."""
+    """Return {name: tensor} of what a model holds beside weights, read from its files if empty."""
     buffers = dict(model.named_buffers())
     found = {name: buffers[name] for name in model.state_dict() if name in buffers}
-    if not any(buffer.is_meta for buffer in found.values()):
-        return found
-    for path in directory.glob("*.safetensors"):  # several ranks: the model has no weights
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in found.keys() & file.keys()}
+    if any(buffer.is_meta for buffer in found.values()):  # several ranks: the skeleton
+        return read_buffers(model, directory)
     return found
 
 
