@@ -1,6 +1,6 @@
 r"""Measure what a model keeps of its source language (English) and gains in the target language.
 
-Stage 4 of SSU, Section 4.5 of the paper. Tasks:
+Stage 4 of SSU. Tasks, those of Section 4.5 and two more, bpb and mcq:
     bpb    bits per byte of held-out text; in a chat, of the last answer
     mcq    multiple choice: the option with the highest log-likelihood per byte
     mt     translation: mean chrF++ over sentences, few-shot
@@ -39,16 +39,7 @@ import torch
 from tqdm import tqdm
 
 from data import evaluation, instruct
-from data.evaluation import (
-    LANGUAGES,
-    check_out,
-    fail,
-    key_of,
-    locked,
-    read_rows,
-    sample,
-    write_atomically,
-)
+from data.evaluation import LANGUAGES, fail, key_of, locked, read_rows, sample, write_atomically
 from data.identity import git_commit, sha256_of
 from data.models import DATE, check_unknown, context_of
 from variants import distributed
@@ -118,7 +109,8 @@ def items_mcq(args, tokenizer):
 
 
 def items_mt(args, tokenizer):
-    """All items have the same examples. Translation to English is asked in English."""
+    """All items have the same examples, if they fit. Translation to English is asked in English."""
+    room = args.context - args.max_new_tokens
     (_, english), (_, target) = evaluation.sides(args)
     columns = ["id", english["flores"], target["flores"]]
     dev = read_rows(args, "target", "flores.dev", columns)
@@ -130,33 +122,35 @@ def items_mt(args, tokenizer):
         texts = [template.format(X=target["name"], sentence=row[origin]) for row in drawn + test]
         shots = [(text, row[goal]) for text, row in zip(texts, drawn, strict=False)]
         for text, row in zip(texts[len(drawn) :], test, strict=True):
-            prompt = instruct.ask(tokenizer, text, shots)
+            prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, room)
             saved = dict(side=side, id=row["id"], domain=row.get("domain"), prompt=prompt)
-            yield saved | dict(reference=row[goal]), instruct.encode(tokenizer, prompt), []
+            yield saved | dict(reference=row[goal], shots=fit), ids, []
 
 
 def items_sum(args, tokenizer):
-    """Zero-shot, asked in the language of the text."""
+    """Zero-shot, asked in the language of the text, whose end is cut off if it does not fit."""
     for side, language in evaluation.sides(args):
+        template = language["prompts"]["sum"]
+        empty = instruct.encode(tokenizer, instruct.ask(tokenizer, template.format(text="")))
+        room = args.context - args.max_new_tokens - len(empty) - 8  # 8 to spare
         for row in sample(read_rows(args, side, "xlsum", ["id", "text", "summary"]), args):
-            prompt = instruct.ask(tokenizer, language["prompts"]["sum"].format(text=row["text"]))
+            text = instruct.shorten(tokenizer, row["text"], room)
+            prompt = instruct.ask(tokenizer, template.format(text=text))
             saved = dict(side=side, id=row["id"], domain=None, prompt=prompt)
-            yield saved | dict(reference=row["summary"]), instruct.encode(tokenizer, prompt), []
+            saved |= dict(reference=row["summary"], shortened=text != row["text"])
+            yield saved, instruct.encode(tokenizer, prompt), []
 
 
 def lettered(args, tokenizer, saved, text, shots):
     """Return the item of a question with options A to D, given (question, letter) examples.
 
-    The first examples are left out where all do not fit the model's context.
+    There are fewer where all do not fit the model's context.
     """
-    prompt = instruct.ask(tokenizer, text, shots)
-    while shots and len(instruct.encode(tokenizer, prompt)) >= args.context:
-        shots = shots[1:]
-        prompt = instruct.ask(tokenizer, text, shots)
-    ids, tail = instruct.encode(tokenizer, prompt), prompt[-16:]  # as all prompts end
+    prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, args.context - 1)
+    tail = prompt[-16:]  # enough characters to see how a letter joins the prompt
     parts = [instruct.split(tokenizer, tail, letter) for letter in "ABCD"]
-    joined = len(instruct.encode(tokenizer, tail)) - len(parts[0][0])  # a space, by some templates
-    saved |= dict(prompt=prompt, shots=len(shots))
+    joined = len(instruct.encode(tokenizer, tail)) - len(parts[0][0])  # ids that a letter absorbs
+    saved |= dict(prompt=prompt, shots=fit)
     return saved, ids[: len(ids) - joined], [letter for _, letter in parts]
 
 
@@ -210,6 +204,9 @@ def make_items(args, tokenizer):
                 items[key_of(item)] = (item, prompt, parts)
             if len(parts) > 1 and (saved["reference"] not in list("ABCD") or not all(parts)):
                 fail(f"{key_of(item)}: an option is no token, or no option is right. Repair it")
+            length = len(prompt) + max(map(len, parts), default=args.max_new_tokens + 1) - 1
+            if length > args.context:
+                fail(f"{key_of(item)}: {length} tokens, of {args.context} at most. Remove the item")
             for ids in (prompt, *parts):
                 count.update(ids)
 
@@ -370,7 +367,8 @@ def summarize(records):
             means = [statistics.fmean(runs[run]) for run in sorted(runs)]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             numbers = dict(chrf=statistics.fmean(means), sd_over_runs=spread, runs=means)
-            sides[side] = numbers | dict(n=len(runs[0]))
+            shortened = sum(row.get("shortened", False) for row in rows) // len(runs)
+            sides[side] = numbers | dict(n=len(runs[0]), shortened=shortened)
         else:
             correct = statistics.fmean(found["correct"] for found in scores)
             sides[side] = dict(accuracy=correct, n=len(rows))
@@ -409,6 +407,8 @@ def parse_args(argv=None):
     if set(asked) - set(TASKS):
         fail(f"--tasks {args.tasks} is not a list of some of {names}")
     args.tasks = [task for task in TASKS if task in asked]
+    if "mt" in asked and "flores" not in LANGUAGES[args.lang]:
+        fail(f"--tasks mt: {args.lang} has no `flores` in data/languages.json. Add its code")
     args.runs = 1 if args.greedy else args.runs
     instruct.choose_device(args)
     return args
@@ -429,7 +429,7 @@ def answer_all(args, folder, config, tokenizer, items, done, path):
         for mine in distributed.rounds(left):
             records = []
             for number, batch in mine:
-                # Each batch has its own seed: an interrupted run samples what a whole one does.
+                # The seed follows from run and number: a resumed run samples what a whole one does.
                 torch.manual_seed((args.seed + batch[0][0]["run"]) * 1_000_003 + number)
                 found = answer(model, batch, args, ends + newlines)
                 for (saved, _, _), values in zip(batch, found, strict=True):
@@ -443,8 +443,8 @@ def answer_all(args, folder, config, tokenizer, items, done, path):
 def evaluate(args):
     # Read the data and build all prompts before the model is loaded.
     items_path = args.out.with_suffix(".items.jsonl")
-    check_out(args.out, "ssu-eval")
-    check_out(items_path, "ssu-eval-items")
+    evaluation.check_out(args.out, "ssu-eval")
+    evaluation.check_out(items_path, "ssu-eval-items")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     folder, model_sha256 = instruct.find_model(args.model)
     config, tokenizer = instruct.load_tokenizer(folder)

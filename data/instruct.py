@@ -90,6 +90,14 @@ def split(tokenizer, prompt, text, raw=False):
     return start + whole[:n], whole[n:]
 
 
+def shorten(tokenizer, text, room):
+    """Return the beginning of a text, of `room` tokens at most."""
+    ids = encode(tokenizer, text, raw=True)
+    if len(ids) <= room:
+        return text
+    return tokenizer.decode(ids[: max(0, room)]).rstrip("\ufffd")  # of half a character
+
+
 def render(tokenizer, messages):
     """Return a chat as text, up to where an answer begins or to the end of the one given."""
     models.stop_clock()
@@ -112,6 +120,19 @@ def ask(tokenizer, text, shots=()):
         chat.append({"role": "user", "content": question})
         chat.append({"role": "assistant", "content": answer})
     return render(tokenizer, [*chat, {"role": "user", "content": text}])
+
+
+def ask_within(tokenizer, text, shots, room):
+    """Return what `ask` does, its ids, and how many examples it has.
+
+    The first examples are left out where all do not fit into `room` tokens.
+    """
+    while True:
+        prompt = ask(tokenizer, text, shots)
+        ids = encode(tokenizer, prompt)
+        if len(ids) <= room or not shots:
+            return prompt, ids, len(shots)
+        shots = shots[1:]
 
 
 def last_turn(tokenizer, messages):

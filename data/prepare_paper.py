@@ -319,6 +319,9 @@ def main(argv=None):
         help="directory or hub id of the tokenizer that counts the tokens of XL-Sum",
     )
     args = parser.parse_args(argv)
+    for lang in args.lang:
+        if missing := LANGUAGES["en"].keys() - LANGUAGES[lang].keys() - {"prompts"}:
+            fail(f"data/languages.json has no {sorted(missing)} for {lang}. Add the codes")
     try:
         prepare(args)
     except OSError as error:  # a full disk, a directory that cannot be written

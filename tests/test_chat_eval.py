@@ -117,6 +117,7 @@ def test_chat_answers_are_greedy_saved_and_resumed(llama, chats, text, tmp_path,
 
     def generate(model, prompts, new_tokens, *more):
         made.append((len(prompts), new_tokens))
+        assert new_tokens != 12 or more[-1] == evaluate.GREEDY
         return real(model, prompts, new_tokens, *more)
 
     monkeypatch.setattr(evaluate, "generate", generate)

@@ -387,6 +387,29 @@ def test_examples_that_do_not_fit_the_context_are_left_out_and_counted(papers, l
         assert full["prompt"].endswith(record["prompt"]) and full["shots"] == 5
 
 
+def test_articles_are_cut_to_the_context_and_other_prompts_are_refused(
+    papers, llama, tmp_path, capsys
+):
+    row = {"id": "x", "text": " ".join(TEXT * 9), "summary": TEXT[0]}
+    for lang in ("en", "ne"):
+        write_jsonl(tmp_path / f"{lang}/xlsum.jsonl", [row])
+    for context in (2**40, 512):
+        for record, ids, _ in make_items(tmp_path, "ne", ["sum"], llama, context):
+            assert record["shortened"] == (context == 512) == (len(ids) + 128 <= 512)
+            assert record["prompt"].count(TEXT[0]) > 0  # the beginning stays
+            if context == 512:
+                assert len(ids) + 128 > 490
+    with pytest.raises(SystemExit):
+        make_items(papers, "ne", ["mrc"], llama, context=40)
+    assert "tokens, of 40 at most" in capsys.readouterr().err
+
+
+def test_a_language_without_a_code_of_flores(monkeypatch, llama, data, tmp_path, capsys):
+    monkeypatch.setitem(LANGUAGES, "sw", {"name": "Swahili"})
+    argv = ["--model", llama, "--lang", "sw", "--data-dir", data, "--out", tmp_path / "e.json"]
+    assert "sw has no `flores`" in fails(capsys, *argv)
+
+
 def test_decoding_is_table_9(papers, tmp_path, monkeypatch):
     """What transformers is asked for; the model's own generation settings must not count."""
     model = tiny_model(tmp_path / "m", max_position_embeddings=2048)
@@ -549,7 +572,7 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
 # ---- Interruptions and settings ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_killed_run_goes_on_to_the_same_results(llama, data, whole, tmp_path, monkeypatch, after):
     out, items, done = tmp_path / "r/eval.json", tmp_path / "r/eval.items.jsonl", []
     right = evaluate.answer

@@ -68,6 +68,9 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2
         return line
 
+    with monkeypatch.context() as patch:
+        patch.setitem(prepare_paper.LANGUAGES, "ig", {"name": "Igbo", "flores": "ibo_Latn"})
+        assert "no ['belebele', 'global_mmlu', 'xlsum'] for ig" in refused(*argv)
     assert "holds the other FLORES+" in refused(*argv, "--flores", "gated")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
     shutil.rmtree(tmp_path / "ig")

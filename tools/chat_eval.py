@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
-from data.evaluation import code_sha256, versions_for
+from data.evaluation import check_out, code_sha256, versions_for
 from data.identity import git_commit, sha256_of
 from evaluate import GREEDY, SAMPLING, write_atomically
 from tools import judged
@@ -113,6 +113,8 @@ def english_confidence(how, lang):
         if lang in LATIN:
             fail(f"--language-id script: {lang} and English share a script. Choose glotlid")
         return script_confidence
+    if "flores" not in evaluate.LANGUAGES[lang]:
+        fail(f"--language-id glotlid: {lang} has no `flores` in data/languages.json. Add its code")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
@@ -360,8 +362,8 @@ def answer_everything(args, found, manager, rows, texts, items):
 def run(args):
     # Check what is needed before any model is loaded
     items_path = args.out.with_suffix(".items.jsonl")
-    evaluate.check_out(args.out, "ssu-chat")
-    evaluate.check_out(items_path, "ssu-chat-items")
+    check_out(args.out, "ssu-chat")
+    check_out(items_path, "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
     texts = judged.read(args, fail)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 import evaluate
 from data import instruct, models
@@ -273,7 +273,7 @@ def check_access(args, fail):
             continue
         try:
             HfApi().auth_check(name)
-        except (HfHubHTTPError, ValueError) as error:
+        except (OSError, HTTPError, ValueError) as error:
             advice = "accept its terms on its page and set HF_TOKEN"
             option = f"--{task}-judge"
             fail(f"the hub did not give {name}: {advice}, or choose another {option} ({error})")
