@@ -4,8 +4,8 @@
 #   bash run_all.sh ne [--dry-run]            ne is Nepali: any code of data/languages.json
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
-# Finished stages are skipped, interrupted stages resume, and stages whose inputs changed are run
-# again. --dry-run says what a run needs. All GPUs of this machine train. On each of two machines:
+# Finished stages are skipped, interrupted ones resume, those with other inputs are run again (paper:
+# refused). --dry-run says what a run needs. On each of two machines with GPUs:
 #   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
 # with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
@@ -14,8 +14,8 @@
 #   PROFILE    embedded or paper: the defaults of data/embedded.sh or data/paper.sh. They set MODEL,
 #              DATA_DIR, RUNS, STEPS, LR, TASKS, PRECISION, CALIBRATION, NUM_SAMPLES if you do not
 #   COMPACT    0: 1 trains with --compact, where columns are frozen     OPTIMIZER   adamw
-#   NPROC      number of GPUs    SEED  42    FLASH_ATTN  0: 1 installs it
-#   FLORES     ungated or gated              LANGUAGE_ID  glotlid or script
+#   NPROC      GPUs to use, by default as many as divide 8 (embedded: 2)
+#   SEED       42    FLORES  ungated, gated    LANGUAGE_ID  glotlid, script    FLASH_ATTN  0, 1
 set -eEuo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit; fi
@@ -47,11 +47,10 @@ flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
 
 # Data and the source model.
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then prepare_embedded; fi
-if [ "$PROFILE" = paper ]; then
+[ "$PROFILE" = embedded ] ||
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
-fi
-require "${texts[@]}" "${score_inputs[@]}"
-[ ! -d "$MODEL" ] || model_sha256=$(folder_sha256 "$MODEL")
+require "${texts[@]}" "${score_inputs[@]}" "${chat_inputs[@]}"
+[ ! -d "$MODEL" ] || model_sha256=$(sha256_of "$MODEL")
 
 train=(python train.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --precision "$PRECISION"
     --optimizer "$OPTIMIZER" "${train_options[@]}")
@@ -62,11 +61,13 @@ score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source
 }
 evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language and lost in English
     local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR" --dtype "$dtype")
-    local inputs=("${@:3}" "${prompt_files[@]}" "$en"/*.jsonl "$target"/*.jsonl)
+    local inputs=("${@:3}" "${prompt_files[@]}" "$en"/[!t]*.jsonl "$target"/*.jsonl)
     [ -z "$evaluate_tasks" ] || stage "$2/eval.json" "${inputs[@]}" -- python evaluate.py \
         "${shared[@]}" --tasks "${evaluate_tasks#,}" "${evaluate_options[@]}" --out "$2/eval.json"
-    [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" -- python tools/chat_eval.py \
-        "${shared[@]}" --tasks "${chat_tasks#,}" --language-id "$LANGUAGE_ID" --out "$2/chat.json"
+    [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" "${chat_inputs[@]}" -- python \
+        tools/chat_eval.py "${shared[@]}" --tasks "${chat_tasks#,}" --out "$2/chat.json" \
+        --language-id "$LANGUAGE_ID"
+    evaluated+=("${2##*/}")
 }
 adapt() {  # METHOD RATIO: a static method is a mask file, the others are options of train.py
     local out=$run/$1 ratio=$2 freeze=highest scores= mask=() inputs=() options=()
@@ -75,7 +76,6 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
         fft) ;;
         adalora) options=(--adalora --precision "${PRECISION%-true}" --save-every 0) ;;
         gmt) options=(--gmt-ratio "$2") ;;
-        hft) mask=(--method hft --model "$MODEL" --ratio "$2" --seed "$SEED") ;;
         s2ft-*) mask=(--method "$1" --model "$MODEL" --seed "$SEED") ;;
         ssu-rand) score random column ;;
         ssu-mag) score magnitude column ;;
@@ -86,6 +86,7 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
             stage "$tuned/model" "${texts[@]}" -- "${train[@]}" --out "$tuned" --steps 100
             score delta element --adapted "$tuned/model"
             freeze=lowest; [ "$1" = lota ] || ratio=0.${1#lota-} ;;
+        *) mask=(--method "$1" --model "$MODEL" --ratio "$2" --seed "$SEED") ;;  # hft
     esac
     [ -z "$scores" ] || mask=(--scores "$scores" --ratio "$ratio" --freeze "$freeze")
     if [ ${#mask[@]} -gt 0 ]; then
@@ -106,4 +107,4 @@ for method in "${methods[@]}"; do
         *) for ratio in "${ratios[@]}"; do adapt "$method" "$ratio"; done ;;
     esac
 done
-run python tools/report.py "$run"
+run python tools/report.py "$run" --methods "${evaluated[@]}"

@@ -125,7 +125,7 @@ make_all() {  # RUN RESULTS SEED LANG VARIABLE=VALUE...: make the models that OU
         mkdir -p "$to/source" "$to/$model"
         cp "$runs/$4/source/eval.json" "$to/source/"
         cp "$runs/$4/$model"/{eval.json,train.jsonl} "$to/$model/"
-        rm -r "$runs/$4/$model/model"
+        rm -r "$runs/$4/$model"/{model,eval.json}  # both are made again if the copy is deleted
         echo "done: $to/$model"
     done
 }
@@ -148,8 +148,7 @@ for name in "$@"; do target "$name"; done  # a wrong name ends here
 . ./setup.sh requirements.txt data/requirements.txt
 install_for adalora adamw8bit
 mkdir -p "$WORK"
-[ -e "$DATA_DIR/en/calibration.jsonl" ] ||
-    SEED=42 RUNS=$WORK/embedded/42 METHODS=fft PRECISION=fp32 bash run_all.sh ne
+[ "$DATA_DIR" != data/embedded ] || (. tools/driver.sh && prepare_embedded)
 # Two sets of chats without a chat in common, and help texts of Python's library.
 awk 'length <= 400' "$DATA_DIR"/en/calibration.jsonl > "$WORK/short.jsonl"
 awk 'length > 400' "$DATA_DIR"/en/calibration.jsonl > "$WORK/long.jsonl"

@@ -158,7 +158,8 @@ def test_recomputation_needs_less_and_more_tokens_need_more(olmo2_7b):
     assert needed(2048, True) < needed(2048, False)
     assert needed(4096, True) > needed(2048, True)
     # The logits of a whole micro-batch and their gradients exist at once.
-    assert needed(16384, True) > 12 * 16384 * 100352
+    state, total = memory.bytes_per_gpu(olmo2_7b, "bf16", False, 1, 16384, True)
+    assert total - state > 12 * 16384 * 100352
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "fp32"])
@@ -184,7 +185,7 @@ def test_several_gpus_hold_what_counting_gives(kind, precision, olmo2_7b):
     config, sizes, half = olmo2_7b
     counted = memory.gathered_bytes(config, sizes, precision, half if compact else None)
     assert counted == pytest.approx(expected, rel=1e-12)
-    assert eight[1] - eight[0] < one[1] - one[0] + counted * 1.0001
+    assert counted < eight[1] - eight[0] < one[1] - one[0] + counted * 1.0001
     assert eight[1] < one[1]
 
 
@@ -348,7 +349,7 @@ def test_plan_counts_what_comes_to_the_disk(paper_sets, tmp_path, monkeypatch, c
 def test_what_codemix_needs_depends_on_the_judge(paper_sets, tmp_path, capsys):
     put_tulu(paper_sets)
     put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
-    argv = ["--lang", "ig", "--model", "someone/tiny", "--tasks", "codemix"]
+    argv = ["--lang", "ig", "--model", "someone/tiny", "--tasks", "mt", "codemix"]
     argv += ["--runs", str(tmp_path), "--data-dir", str(tmp_path / "data")]
     assert plan.main(argv) == 2  # GlotLID is not on this hub
     assert "does not give cis-lmu/glotlid" in capsys.readouterr().out

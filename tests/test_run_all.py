@@ -27,6 +27,7 @@ from paper_hub import (
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.xdist_group("run_all")  # one worker makes the model and the text
 REAL_PYTHON = Path(sys.executable).parent
 
 
@@ -68,6 +69,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones(lang):
         ("CALIBRATION", "nowhere"),
         ("NUM_SAMPLES", "0"),
         ("TASKS", "bpb,mtt"),
+        ("TASKS", "ifeval,chat"),
         ("MODEL", "./nowhere"),
         ("DATA_DIR", "nowhere"),
         ("COMPACT", "2"),
@@ -106,6 +108,8 @@ def test_a_dry_run_plans_and_writes_nothing(folder, tmp_path, quick):
     assert done.returncode == 0 and not (tmp_path / "runs").exists()
     assert done.stdout.startswith("embedded profile (MODEL or DATA_DIR is given): ")
     assert "\nmemory of a process: " in done.stdout and "\ndisk: " in done.stdout
+    done = run_all("ne", "--dry-run", python=quick, **settings | {"METHODS": ""})
+    assert done.returncode == 0 and " --methods --ratios " in done.stdout  # evaluation alone
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     (model / "chat_template.jinja").unlink()
     settings = tiny_settings(folder, folder / "my runs", MODEL=str(model), DATA_DIR=str(data))
-    settings |= {"METHODS": "ssu-wanda", "TASKS": "bpb,mcq,mt,chat"}
+    settings |= {"METHODS": "ssu-wanda", "TASKS": "bpb,mcq,chat"}
     done = run_all("ne", python=quick, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     run = folder / "my runs/ne"
@@ -272,6 +276,33 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
     log = [json.loads(line) for line in (run / "ssu-wanda/train.jsonl").read_text().splitlines()]
     assert log[0]["settings"]["compact"] and log[-1]["summary"]["frozen_verified"] > 0
     assert changed.stdout.count("done before:") == 2
+
+
+def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path):
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "copy.sh").write_text('cp "$1" "$2"; echo "made $2"\n')
+    script = (
+        f'. "{ROOT}/tools/driver.sh"; PROFILE=embedded several=()\n'
+        "stage a -- bash copy.sh text a; stage b a.made-by -- bash copy.sh a b\n"
+    )
+
+    def made():
+        run = dict(cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
+        return re.findall("made (.)", done.stdout)
+
+    (tmp_path / "text").write_text("old")
+    assert made() == ["a", "b"] and made() == []
+    (tmp_path / "a").unlink()
+    assert made() == ["a"]
+    (tmp_path / "a").unlink()
+    (tmp_path / "text").write_text("new")
+    assert made() == ["a", "b"] and (tmp_path / "b").read_text() == "new"
+    with open(tmp_path / "copy.sh", "a") as file:
+        file.write("# another script\n")
+    assert made() == ["a", "b"] and made() == []
+    script = f"model_sha256=of-another-model\n{script}"
+    assert made() == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["source/eval.json", "fft/model/weights"])

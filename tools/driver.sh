@@ -66,11 +66,12 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     read -ra methods <<< "${METHODS-fft ssu-wanda}"
     read -ra ratios <<< "${RATIOS:-0.5}"
     read -ra tasks <<< "${TASKS//,/ }"
-    evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
+    evaluate_tasks= chat_tasks= chat_inputs=() score_inputs=() dtype=float32
     local task
     for task in "${tasks[@]}"; do
         case $task in
-            chat|ifeval|gsm8k|ae2|codemix|mtb|t3) chat_tasks+=,$task ;;
+            t3) chat_tasks+=,t3 chat_inputs=("$en/t3.jsonl") ;;  # it may come after an evaluation
+            chat|ifeval|gsm8k|ae2|codemix|mtb) chat_tasks+=,$task ;;
             *) evaluate_tasks+=,$task ;;
         esac
     done
@@ -78,7 +79,7 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     case $CALIBRATION in tulu|alpaca) ;; *) score_inputs=("$CALIBRATION") ;; esac
 }
 
-folder_sha256() {  # FOLDER: the digest of all files in it, but for the model card
+sha256_of() {  # FILE or FOLDER: the digest of the file, or of all files but the model card
     find "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
 }
 
@@ -134,7 +135,8 @@ prepare_embedded() {  # make the model and the texts of the embedded profile, un
 }
 
 # stage OUTPUT INPUT... -- COMMAND...: make OUTPUT, unless the same command made it from the same
-# inputs. A stamp beside OUTPUT, written before the command starts, says which those were.
+# inputs. The first line of a stamp beside OUTPUT, written before the command starts, says which those
+# were. The second is the digest of OUTPUT: what is made from it has the stamp among its inputs.
 stage() {
     local output=$1 stamp=$1.made-by checkpoint=${1%/model}/checkpoint key complete inputs=()
     shift
@@ -145,7 +147,7 @@ stage() {
     shift
     key=$({ printf '%s\n' "$@" "${model_sha256:-}"
         cat "$2" requirements.txt "${inputs[@]}"; } | sha256sum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
+    if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$key" ]; then
         if [ -e "$output" ] || [ -e "$checkpoint" ]; then
             # Only what has a stamp is deleted, and in the paper profile, where it may have taken
             # days, not even that.
@@ -165,4 +167,5 @@ stage() {
     if [ -n "$complete" ]; then set -- "$@" --resume; fi
     launch "$@"
     [ -e "$output" ] || fail "$1 $2 did not make $output"
+    printf '%s\n' "$key" "$(sha256_of "$output")" > "$stamp"
 }

@@ -33,8 +33,9 @@ STATIC = ["ssu-wanda", "ssu-mag", "ssu-rand", "ssu-sparsegpt", "ssu-fim", "hft"]
 METHODS = [*SINGLE, *STATIC, "ssu-wanda-row", "ssu-wanda-element", "gmt", "lota"]
 COMPACT = [*STATIC, *S2FT]  # the methods that freeze whole columns
 OPTIMIZERS = ["adamw", "adamw8bit", "adamw8bit-nearest"]
-TASKS = ["mt", "sum", "mrc", "mmlu", "ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3"]
 EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
+CHAT_TASKS = ["chat", "ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3"]  # of tools/chat_eval.py
+TASKS = ["mt", "sum", "mrc", "mmlu", *CHAT_TASKS[1:]]
 EMBEDDED_MODEL = "data/embedded/model"
 
 
@@ -126,12 +127,19 @@ def check_values(args):
             fail(f"--ratios {ratio:g}: must lie between 0 and 1, and below 1 for gmt")
     if args.batch_size % args.gpus:
         fail(f"--gpus {args.gpus}: must divide the batch of {args.batch_size} sequences. Change it")
-    held_out = set(EMBEDDED_TASKS) & set(args.tasks)
-    if args.profile == "paper" and held_out:
-        fail(f"--tasks {' '.join(held_out)}: the paper profile has no held-out text. Drop them")
+    check_tasks(args)
     made_here = args.profile == "paper" or args.data_dir == Path("data/embedded")
     if args.lang and not made_here and not args.data_dir.is_dir():
         fail(f"--data-dir {args.data_dir}: no such directory. See data/README.md")
+
+
+def check_tasks(args):
+    held_out = set(EMBEDDED_TASKS) & set(args.tasks)
+    if args.profile == "paper" and held_out:
+        fail(f"--tasks {' '.join(held_out)}: the paper profile has no held-out text. Drop them")
+    if set(args.tasks) <= set(CHAT_TASKS):
+        some = "mmlu" if args.profile == "paper" else "bpb"
+        fail(f"--tasks {' '.join(args.tasks)}: none is of evaluate.py. Add {some}, for instance")
 
 
 # --------------------------------------------------------------------------------------------------
