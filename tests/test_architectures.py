@@ -75,7 +75,7 @@ REFUSED = {
         False,
     ),
 }
-FAST = ["olmo2", "mistral", "bloom"]  # full attention, a sliding window, ALiBi
+FAST = ["mistral", "bloom"]  # a sliding window, ALiBi
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in SCORED if kind not in FAST]
 FAST_REFUSED = ["mamba"]
 SLOW_REFUSED = [

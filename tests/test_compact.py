@@ -103,7 +103,7 @@ def test_compact_is_the_masked_loop_in_float64(sources, text, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--precision", "fp32"],
+        pytest.param(["--precision", "fp32"], marks=pytest.mark.slow),
         pytest.param(["--precision", "bf16"], marks=pytest.mark.slow),
         pytest.param(
             ["--precision", "bf16-true", "--max-grad-norm", "0.5"], marks=pytest.mark.slow
@@ -156,10 +156,10 @@ def test_compact_without_master_saves_what_the_masked_loop_saves(shielded, text,
 @pytest.mark.parametrize(
     "more",
     [
-        ["--precision", "bf16", "--compact", "--gradient-checkpointing"],
-        ["--precision", "bf16-true"],
+        ["--precision", "bf16-true", "--compact", "--gradient-checkpointing"],
+        pytest.param(["--precision", "bf16", "--compact"], marks=pytest.mark.slow),
+        pytest.param(["--precision", "bf16-true"], marks=pytest.mark.slow),
         pytest.param(["--precision", "fp32", "--compact"], marks=pytest.mark.slow),
-        pytest.param(["--precision", "bf16-true", "--compact"], marks=pytest.mark.slow),
         pytest.param(["--precision", "fp32", "--compact", "--compile"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -310,7 +310,10 @@ def test_compact_trains_whole_matrices_beside_frozen_ones(olmo2, chats, text, tm
     assert distance(compact, masked, olmo2) < 1e-12
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-true"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16", *[pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16-true")]],
+)
 def test_a_frozen_weight_that_moved_is_not_saved(
     precision, shielded, text, tmp_path, capsys, monkeypatch
 ):

@@ -52,7 +52,7 @@ def scoring(model, chats, out, *more):
     "ranks,kind,more",
     [
         (4, "olmo2", ["--batch-size", "4"]),  # three batches: one rank has none
-        (2, "qwen2", ["--method", "fim"]),
+        pytest.param(2, "qwen2", ["--method", "fim"], marks=slow),
         pytest.param(2, "olmo2", [], marks=slow),
         pytest.param(3, "qwen2", ["--axis", "element"], marks=slow),
         pytest.param(2, "llama", ["--dtype", "bfloat16"], marks=slow),

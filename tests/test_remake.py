@@ -60,6 +60,7 @@ def products(dtype):
     return [y.detach(), z.detach(), x.grad]
 
 
+@pytest.mark.slow
 def test_bf16_products_in_fp32_are_those_of_bf16(tmp_path):
     script, out = tmp_path / "train.py", tmp_path / "out.safetensors"
     script.write_text(f"""
