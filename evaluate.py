@@ -144,13 +144,15 @@ def items_sum(args, tokenizer):
 def lettered(args, tokenizer, saved, text, shots):
     """Return the item of a question with options A to D, given (question, letter) examples.
 
-    There are fewer where all do not fit the model's context.
+    There are fewer where all do not fit the model's context. A question that alone does not fit
+    loses its beginning.
     """
     prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, args.context - 1)
+    ids, length = ids[-(args.context - 1) :], len(ids)
     tail = prompt[-16:]  # enough characters to see how a letter joins the prompt
     parts = [instruct.split(tokenizer, tail, letter) for letter in "ABCD"]
     joined = len(instruct.encode(tokenizer, tail)) - len(parts[0][0])  # ids that a letter absorbs
-    saved |= dict(prompt=prompt, shots=fit)
+    saved |= dict(prompt=prompt, shots=fit, shortened=len(ids) < length)
     return saved, ids[: len(ids) - joined], [letter for _, letter in parts]
 
 
@@ -206,7 +208,8 @@ def make_items(args, tokenizer):
                 fail(f"{key_of(item)}: an option is no token, or no option is right. Repair it")
             length = len(prompt) + max(map(len, parts), default=args.max_new_tokens + 1) - 1
             if length > args.context:
-                fail(f"{key_of(item)}: {length} tokens, of {args.context} at most. Remove the item")
+                what = f"{key_of(item)}: {length} tokens, of {args.context} at most"
+                fail(f"{what}. Lower --max-new-tokens, or remove it")
             for ids in (prompt, *parts):
                 count.update(ids)
 
@@ -354,6 +357,7 @@ def summarize(records):
         groups.setdefault((saved["task"], saved["side"], saved.get("set")), []).append(saved)
     for (task, side, base), rows in groups.items():
         sides, scores = results.setdefault(task, {}), [row["scores"] for row in rows]
+        cut = {row["id"] for row in rows if row.get("shortened")}
         if task == "bpb":
             bits = math.fsum(found["nats"] for found in scores) / math.log(2)
             size, tokens = sum(row["bytes"] for row in rows), sum(row["tokens"] for row in rows)
@@ -367,11 +371,10 @@ def summarize(records):
             means = [statistics.fmean(runs[run]) for run in sorted(runs)]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             numbers = dict(chrf=statistics.fmean(means), sd_over_runs=spread, runs=means)
-            shortened = sum(row.get("shortened", False) for row in rows) // len(runs)
-            sides[side] = numbers | dict(n=len(runs[0]), shortened=shortened)
+            sides[side] = numbers | dict(n=len(runs[0]), shortened=len(cut))
         else:
             correct = statistics.fmean(found["correct"] for found in scores)
-            sides[side] = dict(accuracy=correct, n=len(rows))
+            sides[side] = dict(accuracy=correct, n=len(rows), shortened=len(cut))
     return results
 
 

@@ -61,7 +61,7 @@ score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source
 }
 evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language and lost in English
     local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR" --dtype "$dtype")
-    local inputs=("${@:3}" "${prompt_files[@]}" "$en"/[!t]*.jsonl "$target"/*.jsonl)
+    local inputs=("${@:3}" "${prompt_files[@]}" "$en"/[!t]*.jsonl "$target"/*.jsonl)  # no t3.jsonl
     [ -z "$evaluate_tasks" ] || stage "$2/eval.json" "${inputs[@]}" -- python evaluate.py \
         "${shared[@]}" --tasks "${evaluate_tasks#,}" "${evaluate_options[@]}" --out "$2/eval.json"
     [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" "${chat_inputs[@]}" -- python \

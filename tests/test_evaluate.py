@@ -387,9 +387,7 @@ def test_examples_that_do_not_fit_the_context_are_left_out_and_counted(papers, l
         assert full["prompt"].endswith(record["prompt"]) and full["shots"] == 5
 
 
-def test_articles_are_cut_to_the_context_and_other_prompts_are_refused(
-    papers, llama, tmp_path, capsys
-):
+def test_what_exceeds_the_context_is_cut_or_refused(papers, llama, tmp_path, capsys):
     row = {"id": "x", "text": " ".join(TEXT * 9), "summary": TEXT[0]}
     for lang in ("en", "ne"):
         write_jsonl(tmp_path / f"{lang}/xlsum.jsonl", [row])
@@ -399,9 +397,11 @@ def test_articles_are_cut_to_the_context_and_other_prompts_are_refused(
             assert record["prompt"].count(TEXT[0]) > 0  # the beginning stays
             if context == 512:
                 assert len(ids) + 128 > 490
+    for record, ids, _ in make_items(papers, "ne", ["mrc"], llama, context=40):
+        assert record["shortened"] and len(ids) == 39 and record["shots"] == 0  # the end stays
     with pytest.raises(SystemExit):
-        make_items(papers, "ne", ["mrc"], llama, context=40)
-    assert "tokens, of 40 at most" in capsys.readouterr().err
+        make_items(papers, "ne", ["sum"], llama, context=100)  # 128 are to be written
+    assert "tokens, of 100 at most" in capsys.readouterr().err
 
 
 def test_a_language_without_a_code_of_flores(monkeypatch, llama, data, tmp_path, capsys):
@@ -529,7 +529,8 @@ def test_multiple_choice_by_hand(whole, model, llama, data):
                 per_byte.append(reference_loglik(model, *ids) / len(row[option]))
             letters[row["sample_id"]] = "ABCD"[per_byte.index(max(per_byte))]
             right.append(letters[row["sample_id"]] == row["answer"])
-        assert whole[0]["results"]["mcq"][side] == {"accuracy": sum(right) / 8, "n": 8}
+        share = sum(right) / 8
+        assert whole[0]["results"]["mcq"][side] == {"accuracy": share, "n": 8, "shortened": 0}
     found = [r for r in whole[1] if r["task"] == "mcq"]
     assert {r["id"]: r["prediction"] for r in found} == letters and len(set(letters.values())) > 1
     assert {r["domain"] for r in found} == {"a", "b"}
@@ -565,7 +566,8 @@ def test_paper_tasks_by_hand(papers, llama, model, tmp_path):
             assert answers == [*"ABCDA"][5 - r["shots"] :]
             assert r["prompt"].count(r["domain"]) == r["shots"] + 1
     for (task, side), values in right.items():
-        assert found[task][side] == {"accuracy": pytest.approx(sum(values) / 7), "n": 7}
+        share = pytest.approx(sum(values) / 7)
+        assert found[task][side] == {"accuracy": share, "n": 7, "shortened": 0}
     assert found["sum"]["target"]["n"] == 3 and len(found["sum"]["target"]["runs"]) == 2
 
 

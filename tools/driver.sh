@@ -70,7 +70,7 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     local task
     for task in "${tasks[@]}"; do
         case $task in
-            t3) chat_tasks+=,t3 chat_inputs=("$en/t3.jsonl") ;;  # it may come after an evaluation
+            t3) chat_tasks+=,t3 chat_inputs=("$en/t3.jsonl") ;;  # no other task reads it
             chat|ifeval|gsm8k|ae2|codemix|mtb) chat_tasks+=,$task ;;
             *) evaluate_tasks+=,$task ;;
         esac
@@ -80,7 +80,7 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
 }
 
 sha256_of() {  # FILE or FOLDER: the digest of the file, or of all files but the model card
-    find "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
+    find -L "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
 }
 
 require() {  # FILE...: fail unless all are there and not empty
