@@ -305,6 +305,16 @@ def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path
     assert made() == ["a", "b"]
 
 
+def test_a_link_to_a_model_has_the_digest_of_its_files(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("1")
+    (tmp_path / "link").symlink_to("model")
+    script = f'. "{ROOT}/tools/driver.sh"; sha256_of link; sha256_of model; sha256_of model/weights'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    link, model, weights = done.stdout.split("\n")[:3]
+    assert link == model == weights and "e3b0c442" not in link  # of nothing
+
+
 @pytest.mark.parametrize("name", ["source/eval.json", "fft/model/weights"])
 def test_what_the_driver_did_not_make_is_kept(name, folder, tmp_path, quick):
     foreign = tmp_path / "ne" / name
