@@ -33,6 +33,8 @@ def fake_model(out):
     (out / "model").mkdir(parents=True)
     for name in prepare.MODEL_FILES:
         (out / "model" / name).write_text("{}")
+    facts = {"versions": prepare.package_versions(), "files": {}}
+    (out / "provenance.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
