@@ -20,7 +20,6 @@ from data import prepare_embedded as prepare
 from data import prepare_ntrex as ntrex
 from data import prepare_paper
 
-pytestmark = pytest.mark.xdist_group("prepare")  # one worker makes the data
 DATA = ROOT / "data"
 LANGS = ["ne", "ky", "am", "ha", "ig"]
 ARTICLES = [

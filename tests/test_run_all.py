@@ -27,7 +27,6 @@ from paper_hub import (
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.xdist_group("run_all")  # one worker makes the model and the text
 REAL_PYTHON = Path(sys.executable).parent
 
 
