@@ -4,8 +4,8 @@
 #   bash run_all.sh ne [--dry-run]            ne is Nepali: any code of data/languages.json
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
-# Finished stages are skipped, interrupted ones resume, those with other inputs are run again (paper:
-# refused). --dry-run says what a run needs. On each of two machines with GPUs:
+# Finished stages are skipped, interrupted ones resume, those with other inputs are run again, or
+# refused (paper). --dry-run says what a run needs. On each of two machines with GPUs:
 #   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
 # with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand

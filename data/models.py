@@ -80,15 +80,15 @@ def load_tokenizer(name, rows, fail):
         fail(f"model {name}: its tokenizer cannot be read: {error}")
     size = max(vocabulary.values(), default=-1) + 1
     unused = 0
-    while size - unused > rows and is_placeholder(tokenizer, size - unused - 1):
+    while size - unused > rows and stands_in_no_text(tokenizer, size - unused - 1):
         unused += 1
     if not 0 < size - unused <= rows:
         fail(f"model {name}: {size} tokens, but {rows} embeddings. Check its tokenizer")
     return tokenizer
 
 
-def is_placeholder(tokenizer, i):
-    """Return whether token i stands in no text, as the one for images does in Gemma 3 1B."""
+def stands_in_no_text(tokenizer, i):
+    """Return whether no text has token i, so that it needs no embedding: Gemma 3 1B's of images."""
     token = tokenizer.added_tokens_decoder.get(i)
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     if token is None or not token.special or token.content in named:

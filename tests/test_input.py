@@ -150,7 +150,7 @@ def test_the_end_of_text_of_gemma_is_not_a_tag():
     assert models.end_of_text(tokenizer, files.fail) == ("<eos>", 1)
 
 
-def test_a_placeholder_needs_no_embedding(olmo2, text, tmp_path, capsys):
+def test_a_token_that_stands_in_no_text_needs_no_embedding(olmo2, text, tmp_path, capsys):
     """As that for images in Gemma 3 1B. A token of the chat template needs one."""
     model = changed(olmo2, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(olmo2)

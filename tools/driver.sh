@@ -80,7 +80,8 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
 }
 
 sha256_of() {  # FILE or FOLDER: the digest of the file, or of all files but the model card
-    find -L "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum
+    find -L "$1" -maxdepth 1 -type f ! -name README.md -print0 | LC_ALL=C sort -z |
+        xargs -0 cat | sha256sum
 }
 
 require() {  # FILE...: fail unless all are there and not empty
@@ -135,8 +136,8 @@ prepare_embedded() {  # make the model and the texts of the embedded profile, un
 }
 
 # stage OUTPUT INPUT... -- COMMAND...: make OUTPUT, unless the same command made it from the same
-# inputs. The first line of a stamp beside OUTPUT, written before the command starts, says which those
-# were. The second is the digest of OUTPUT: what is made from it has the stamp among its inputs.
+# inputs. The first line of a stamp beside OUTPUT, written before the command starts, says which
+# those were. The second is the digest of OUTPUT: what is made from it has the stamp as an input.
 stage() {
     local output=$1 stamp=$1.made-by checkpoint=${1%/model}/checkpoint key complete inputs=()
     shift
