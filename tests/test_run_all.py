@@ -259,6 +259,7 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
     assert "SSU-Wanda" in done.stdout and "SSU-Wanda" in (run / "report.md").read_text()
     assert json.loads((run / "ssu-wanda/eval.json").read_text())["format"] == "ssu-eval"
 
+    (data / "en/t3.jsonl").write_text("{}\n")  # of a task that is not among these
     again = run_all("ne", python=quick, **settings)
     assert again.returncode == 0 and again.stdout.count("done before:") == 7
     started = re.findall(r"^\+ python (\S+)", again.stdout, re.MULTILINE)
@@ -441,6 +442,10 @@ def test_only_results_that_are_missing_are_remade(folder, tmp_path, quick):
     assert (wanted.parent / "source/eval.json").is_file()
     again = subprocess.run(**run)
     assert again.returncode == 0 and "done: " not in again.stdout
+    (wanted / "eval.json").unlink()
+    again = subprocess.run(**run)
+    assert again.returncode == 0 and again.stdout.count("done: ") == 1
+    assert json.loads((wanted / "eval.json").read_text())["results"] == evaluation["results"]
 
 
 @pytest.mark.slow
