@@ -38,7 +38,7 @@ echo "$PROFILE profile ($why): $MODEL, $about; $PRECISION, processes: $NPROC"
 # Packages. Then what the run needs, and whether it fits here.
 . ./setup.sh requirements.txt data/requirements.txt
 run python "${plan[@]}"
-if [ "${2:-}" = --dry-run ]; then exit; fi
+if [ "${2:-}" = --dry-run ]; then exit; else check_gpus; fi
 install_for "${methods[@]}" "${tasks[@]}" "$OPTIMIZER"
 
 # One run at a time in a folder. Its stages hold the lock too.

@@ -19,7 +19,7 @@ On one GPU, as published (`python tools/plan.py --model MODEL` says what fits wh
     python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --precision bf16-true \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
         --compact --gradient-checkpointing --save-every 500
-A GPU of 40 GB holds it with --optimizer adamw8bit (pip install torchao==0.18.0).
+By that plan, 40 GB hold it with --optimizer adamw8bit (pip install torchao==0.18.0).
 On four GPUs, the same run: torchrun --nproc_per_node=4 train.py ...
 
 OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, the lines

@@ -197,6 +197,11 @@ def can_batch(model, config, context, loglik, generate):
         tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
         return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
+    def same_logits(prompts):  # of the second token if the first is the same: in bf16, many tie
+        found, wanted = first_logits(prompts), one_by_one(prompts)
+        agree = found[:, 0].argmax(-1) == wanted[:, 0].argmax(-1)
+        return same(found[:, 0], wanted[:, 0]) and same(found[agree, 1], wanted[agree, 1])
+
     single = [loglik(model, [row])[0] for row in rows]
     single_after = [loglik(model, [row])[0] for row in after]
     ids = torch.tensor([start, start[:-1] + prompts[2][-1:]], device=model.device)
@@ -210,7 +215,7 @@ def can_batch(model, config, context, loglik, generate):
         and {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
         and same(loglik(model, rows), single)
         and same(loglik(model, after, len(start)), single_after)
-        and all(same(first_logits(some), one_by_one(some)) for some in (prompts, begun))
+        and all(same_logits(some) for some in (prompts, begun))
     ):
         return True
     print(f"batches change the results of {config.model_type}: everything is done one by one")

@@ -218,6 +218,19 @@ BUILT = {
 }
 
 
+def test_batches_stay_where_rounding_decides_between_two_tokens():
+    model = random_model(*BUILT["full"])
+    with torch.no_grad():
+        model.lm_head.weight[1::2] = model.lm_head.weight[::2]
+    torch.manual_seed(0)
+
+    def round_otherwise(module, inputs, logits):
+        return logits + len(logits[1:]) * 2**-8 * logits * torch.rand_like(logits)
+
+    model.bfloat16().lm_head.register_forward_hook(round_otherwise)
+    assert batches_work(model, model.config)
+
+
 @pytest.mark.parametrize("kind", BUILT)
 def test_every_way_equals_plain_rows_one_by_one(kind, capsys):
     model = random_model(*BUILT[kind])

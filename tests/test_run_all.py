@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import quick_python
+import torch
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import HUB
 from paper_hub import (
@@ -139,6 +140,9 @@ def test_all_visible_gpus_are_used(cards, visible, nproc, folder, tmp_path, quic
     done = run_all("ne", "--dry-run", **settings)
     assert done.returncode == 0, done.stderr
     assert f", processes: {nproc}\n" in done.stdout and f" --gpus {nproc} " in done.stdout
+    if cards and visible == "" and not torch.cuda.is_available():
+        done = run_all("ne", **settings | {"CUDA_VISIBLE_DEVICES": "3"})
+        assert done.returncode == 2 and "torch cannot use the GPUs" in done.stderr
     if (cards, visible) == (2, None):  # together they hold the training of a 7B model
         del settings["MODEL"], settings["DATA_DIR"]
         done = run_all("ne", "--dry-run", **settings)

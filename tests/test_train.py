@@ -328,7 +328,7 @@ def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     def keep_logits(model, *rest):
         model.eval()
         with torch.no_grad():
-            unmerged["logits"] = model(input_ids=ids).logits
+            unmerged["logits"] = model(input_ids=ids.to(model.device)).logits.cpu()
         unmerged["ranks"] = [
             int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name
         ]
@@ -698,8 +698,10 @@ def test_kills_then_the_same_bits(kills, olmo2, mask, text, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path):
+def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, monkeypatch):
+    """With checkpoints of many files."""
     extra = ["--save-every", "8"]
+    monkeypatch.setattr(files, "CHECKPOINT_FILE", 30_000)
     train.main(arguments(olmo2, text, tmp_path / "whole", *extra))
 
     def die_when_the_model_gets_its_name():
@@ -713,6 +715,8 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path):
     )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (tmp_path / "out/model.tmp").exists() and not (tmp_path / "out/model").exists()
+    shards = list(files.newest_checkpoint(tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 9 and max(path.stat().st_size for path in shards) < 120_000
     train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)

@@ -47,6 +47,12 @@ urllib.request.urlopen(sys.argv[1], timeout=9)" "$hub" 2>/dev/null; then
     [ -f "data/$PROFILE.sh" ] || fail "PROFILE=$PROFILE: choose embedded or paper"
 }
 
+check_gpus() {  # fail if nvidia-smi shows GPUs that torch cannot use: a CPU would take months
+    [ "$gpus" = 0 ] || python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null ||
+        fail "torch cannot use the GPUs that nvidia-smi shows. Install a torch for their driver," \
+            "or set CUDA_VISIBLE_DEVICES= to use the CPU"
+}
+
 choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest batch evenly
     if [ -z "${NPROC:-}" ]; then
         NPROC=$((gpus > 1 ? gpus : 1))

@@ -9,6 +9,7 @@ Bytes per weight for weights, gradients and moments (`t`: the trainable fraction
     bf16-true, adamw8bit  2 + 2 + 2 =  6      2 +  4 t      (the columns have no copy)
 
 8-bit moments have a scale for each 256 values: 1/32 byte more a trainable weight. All are exact.
+The masks of single weights (LoTA, elements) are not in the table: a byte for each weight.
 
 Activations: layers of the model run on tensors without memory, and PyTorch counts what a token
 keeps for the backward pass. With recomputation a token keeps the input of each layer, and one layer

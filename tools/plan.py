@@ -32,6 +32,7 @@ SINGLE = ["fft", "adalora", "lota-90", "lota-50", *S2FT]
 STATIC = ["ssu-wanda", "ssu-mag", "ssu-rand", "ssu-sparsegpt", "ssu-fim", "hft"]
 METHODS = [*SINGLE, *STATIC, "ssu-wanda-row", "ssu-wanda-element", "gmt", "lota"]
 COMPACT = [*STATIC, *S2FT]  # the methods that freeze whole columns
+ELEMENTS = {"ssu-wanda-element", "lota", "lota-90", "lota-50"}  # that freeze single weights
 OPTIMIZERS = ["adamw", "adamw8bit", "adamw8bit-nearest"]
 EMBEDDED_TASKS = ["bpb", "mcq", "chat"]  # these need held-out text
 CHAT_TASKS = ["chat", "ifeval", "gsm8k", "ae2", "codemix", "mtb", "t3"]  # of tools/chat_eval.py
@@ -220,6 +221,8 @@ def check_memory(args, model):
     tokens = args.micro_batch_size * args.seq_len
     way = model, args.precision, compact, args.gpus, tokens, args.gradient_checkpointing
     state, needed = bytes_per_gpu(*way, args.optimizer != "adamw")
+    if ELEMENTS & set(args.methods):
+        needed += sum(model[1].values()) / args.gpus  # their masks have a byte for each weight
     has, name = device_memory(args.gpus)
     print(
         f"memory of a process: {state / 1e9:.1f} GB of weights, gradients and moments, "
@@ -291,7 +294,7 @@ def check_disk(args, weights, itemsize, download):
     for method in args.methods:
         models += 1 if method in SINGLE else len(args.ratios)
     results = (24 + models * itemsize) * weights  # 24: the last two checkpoints
-    if any("lota" in method or "element" in method for method in args.methods):
+    if ELEMENTS & set(args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
     if not args.methods:
         results = 0

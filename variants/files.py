@@ -45,6 +45,7 @@ from variants.distributed import (
     read_buffers,
 )
 
+CHECKPOINT_FILE = 4 * 10**9  # bytes of a rank's state in one file, which is built in main memory
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 
 
@@ -325,7 +326,11 @@ def save_checkpoint(out, step, model, optimizer, scaler, settings):
     barrier()
     if not temporary.is_dir():
         fail(f"--out {out}: not on a file system that all machines share. Choose one")
-    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    file_of, size = {}, 0
+    for name, value in state.items():
+        file_of[name] = 1 + size // (CHECKPOINT_FILE * WORLD)
+        size += value.nbytes  # of all ranks
+    writer = HuggingFaceStorageWriter(str(temporary), file_of, save_distributed=True)
     with one_error():
         dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
     digests = tensor_digests(temporary)
