@@ -11,6 +11,7 @@ from conftest import forked, tiny_model
 from safetensors.torch import load_file
 from test_train import (
     arguments,
+    check_decay,
     log_of,
     make_masks,
     refused,
@@ -170,6 +171,18 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(
             assert (weight != after[name])[~keep].float().mean() > 0.4, name
     lines = log_of(tmp_path / "whole")
     assert [line for line in lines if line.get("step") == 20][0]["loss"] < 0.8 * lines[2]["loss"]
+
+
+@pytest.mark.slow
+def test_train_passes_its_weight_decay_and_its_rounding(text, tmp_path):
+    source = tiny_model(tmp_path / "source", "olmo2", **LARGE)
+    nearest = [*BITS8, "--optimizer", "adamw8bit-nearest"]
+    check_decay(source, text, tmp_path, *nearest)
+    moved = []
+    for name, more in (("random", BITS8), ("nearest", nearest)):
+        train.main(arguments(source, text, tmp_path / name, *more, "--lr", "1e-5"))
+        moved.append(log_of(tmp_path / name)[-1]["summary"]["moved"])
+    assert moved[0] > 1.2 * moved[1]
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def write_choices(path, question, n):
         row = {"sample_id": f"{path.parent.name}/{i}", "subject": "ab"[i % 2]}
         row |= {"question": question.format(WORDS[i]), "answer": "ABCD"[i % 4]}
         for j, option in enumerate(evaluate.OPTIONS):
-            row[option] = WORDS[(i + j) % 10] * (j + 1)
+            row[option] = ["नदी घर ", WORDS[(i + j) % 10]][j % 2] * (j + 1)
         rows.append(row | {"shared_stem": i % 3 == 0})
     write_jsonl(path, rows)
 
@@ -525,6 +525,20 @@ def test_windows_score_each_token_once_and_fit_the_context(llama, model, data, t
     assert {r["domain"] for r in items_of(tmp_path / "eval.json")} == {None, "udhr", "cldr"}
 
 
+def test_a_window_begins_with_the_end_of_a_long_prompt():
+    first = next(evaluate.windows([*range(9)], [20, 21, 22, 23, 24], 8))
+    assert first == (0, [5, 6, 7, 8], [20, 21, 22, 23])
+
+
+def test_likelihoods_of_a_bf16_model_are_in_fp32(llama):
+    half = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).eval()
+    prompt, part = [5, 70, 80], [90, 100, 110, 120]
+    with torch.no_grad():
+        logits = half(torch.tensor([prompt + part[:-1]])).logits[0, 2:].double().log_softmax(-1)
+    exact = float(logits.gather(1, torch.tensor(part)[:, None]).sum())
+    assert evaluate.loglik(half, [(prompt, part)]) == pytest.approx([exact], abs=1e-4)
+
+
 def test_multiple_choice_by_hand(whole, model, llama, data):
     tokenizer, letters = AutoTokenizer.from_pretrained(llama), {}
     for side, lang in (("source", "en"), ("target", "ne")):
@@ -539,7 +553,7 @@ def test_multiple_choice_by_hand(whole, model, llama, data):
                 ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, text)]
                 if side == "target":
                     ids[0] = [2, *ids[0]]
-                per_byte.append(reference_loglik(model, *ids) / len(row[option]))
+                per_byte.append(reference_loglik(model, *ids) / len(row[option].encode()))
             letters[row["sample_id"]] = "ABCD"[per_byte.index(max(per_byte))]
             right.append(letters[row["sample_id"]] == row["answer"])
         share = sum(right) / 8
@@ -640,6 +654,8 @@ def test_seeds_and_greedy(llama, data, whole, tmp_path):
             assert first[r["side"], r["run"], r["id"]] == r["prediction"]
     runs = [[first["source", run, i] for i in range(4, 10)] for run in (0, 1)]
     assert runs[0] != runs[1]
+    other = answers("--seed", 43)  # its first run is the second run of 42
+    assert runs[1] == [other["source", 0, i] for i in range(4, 10)]
     greedy = answers("--greedy", "--num-samples", 3)
     assert len(greedy) == 6 and {run for _, run, _ in greedy} == {0}
 

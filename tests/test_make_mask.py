@@ -220,6 +220,8 @@ def test_s2ft_trains_exactly_the_expected_columns(method, ratio, channels, heads
         else:
             assert mask.numel() == 1 and mask.item() == 0
     assert len(chosen) > 5
+    other = masks_of(tmp_path / "other", *s2ft, "--seed", 43)
+    assert any(not torch.equal(masks[name], other[name]) for name in masks)
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])

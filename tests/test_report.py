@@ -1,6 +1,7 @@
 """tools/report.py: tables over seeds, mask overlap, pictures, and what cannot be compared."""
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -397,7 +398,20 @@ def test_a_statement_is_decided_by_an_interval_over_seeds():
     assert statements.verdict([5]) == "not decided"
     assert statements.verdict([0.4, 0.5, 0.6], margin=1) == "agrees"
     assert statements.verdict([1.9, 2, 2.1], margin=1) == "disagrees"
+    assert statements.verdict([-1.9, -2, -2.1], margin=1) == "disagrees"
     assert statements.verdict([0, 1, 2], margin=1) == "not decided"
+
+
+@pytest.mark.parametrize("n", statements.T95)
+def test_t_holds_95_percent(n):
+    """Its density, summed up at midpoints."""
+    freedom, end, steps = n - 1, statements.T95[n], 2000
+    total = 0.0
+    for i in range(steps):
+        t = end * (i + 0.5) / steps
+        total += (1 + t * t / freedom) ** (-(freedom + 1) / 2) * 2 * end / steps
+    factor = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+    assert total * factor / math.sqrt(freedom * math.pi) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_statements_are_paired_by_seed(tmp_path):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from conftest import forked, limit_file_size, tiny_model, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import make_mask
@@ -138,6 +139,7 @@ def test_frozen_weights_stay_and_the_others_move(kind, precision, chats, text, t
         frozen += int(keep.sum())
     summary = log_of(tmp_path / "out")[-1]["summary"]
     assert summary["frozen_verified"] == frozen > 0
+    assert summary["moved"] == sum((source[name] != trained[name]).sum() for name in source)
 
 
 def static_mask(method, model, chats, out):
@@ -450,7 +452,8 @@ def test_methods_that_exclude_each_other_are_refused(
 
 
 def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
-    train.main(arguments(olmo2, text, tmp_path / "out", "--weight-decay", "0.1"))
+    more = ["--weight-decay", "0.1", "--warmup-ratio", "0.21", "--micro-batch-size", "3"]
+    train.main(arguments(olmo2, text, tmp_path / "out", *more))
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     ids = []
     for line in text.read_text().splitlines():
@@ -465,10 +468,10 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
         ],
         lr=1e-2,
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, 1, 20)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 5, 20)
     lines = [line for line in log_of(tmp_path / "out") if line.get("step", 0) > 0]
     for step in range(20):
-        # the whole batch at once here, two micro-batches there
+        # the whole batch at once here, two uneven micro-batches there
         batch = blocks[batch_indices(step, 4, len(blocks), 42)]
         loss = F.cross_entropy(
             model(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
@@ -477,12 +480,52 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert lines[step]["loss"] == pytest.approx(loss.item(), abs=2e-4)
         assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert lines[step]["tokens"] == (step + 1) * 4 * 32
         assert lines[step]["lr"] == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     for name, value in weights(tmp_path / "out").items():
         assert torch.allclose(value, model.get_parameter(name), atol=2e-4), name
+
+
+def test_bf16_true_decays_weights_once(olmo2, text, tmp_path):
+    check_decay(olmo2, text, tmp_path)
+
+
+def check_decay(model, text, folder, *more):
+    """Embeddings of tokens that the text does not have get a zero gradient: decay alone moves them,
+    and is rounded to bf16 in each step.
+    """
+    more = ["--precision", "bf16-true", "--weight-decay", "1", *more]
+    train.main(arguments(model, text, folder / "out", *more))
+    absent = sorted(set(range(400)) - set(next_tokens(model, text, folder)[0].tolist()))
+    name = "model.embed_tokens.weight"
+    rows = load_file(model / "model.safetensors")[name][absent].bfloat16()
+    for line in log_of(folder / "out"):
+        if line.get("step"):
+            rows = (rows.float() * (1 - line["lr"])).bfloat16()
+    assert absent and torch.equal(weights(folder / "out")[name][absent], rows.float())
+
+
+def test_dropout_is_of_training_alone_and_follows_from_the_seed(text, tmp_path):
+    model = tiny_model(tmp_path / "m", "llama", attention_dropout=0.5)
+    more = ["--steps", "3", "--target-eval", text, "--eval-tokens", "32"]
+    for name in "ab":
+        train.main(arguments(model, text, tmp_path / name, *more))
+    assert all(
+        torch.equal(w, weights(tmp_path / "b")[n]) for n, w in weights(tmp_path / "a").items()
+    )
+    tokens = torch.tensor(next_tokens(model, text, tmp_path)[0]).view(-1, 32)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        heldout, first = (
+            train.next_token_loss(plain, ids).item() / (len(ids) * 31)
+            for ids in (tokens[:1], tokens[batch_indices(0, 4, len(tokens), 42)])
+        )
+    _, before, step, *_ = log_of(tmp_path / "a")
+    assert before["target_loss"] == pytest.approx(heldout, abs=1e-5)
+    assert abs(step["loss"] - first) > 1e-3  # the rate of the first step is 0
 
 
 def test_masked_update_equals_an_independent_masked_adamw(olmo2, mask, text, tmp_path):
@@ -540,10 +583,25 @@ def test_tokens_are_the_documents_each_ended_and_cached(olmo2, text, tmp_path):
     assert counts["bytes"] == sum(
         len(json.loads(line)["text"].encode()) for line in text.read_text().splitlines()
     )
-    key = load_sequences(tokenizer, "x", 32, "--data", str(text))[0].cache_files[0]["filename"]
+    for seq_len in (16, 32):  # one cache for each
+        sequences, _ = load_sequences(tokenizer, "x", seq_len, "--data", str(text))
+        assert sequences[0]["input_ids"].shape == (seq_len,)
+    key = sequences.cache_files[0]["filename"]
     before = os.stat(key).st_mtime_ns
     next_tokens(olmo2, text, tmp_path)
     assert os.stat(key).st_mtime_ns == before
+
+
+def test_special_tokens_of_the_tokenizer_are_kept_and_the_end_is_not_doubled(olmo2, text):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)],
+    )
+    sequences, _ = load_sequences(tokenizer, "special", 32, "--data", str(text))
+    tokens = sequences[:]["input_ids"].flatten()
+    (ends,) = (tokens[:-1] == 0).nonzero(as_tuple=True)
+    assert tokens[0] == 1 and len(ends) > 9 and (tokens[ends + 1] == 1).all()
 
 
 def test_control_tokens_quoted_in_raw_text_are_spelled_out_and_chats_are_templated(olmo2, tmp_path):
@@ -1034,7 +1092,12 @@ def test_the_proof_refuses_what_moved_and_what_is_not_finite(capsys):
 
 def test_the_loss_is_in_fp32(olmo2):
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.bfloat16)
-    assert train.next_token_loss(model, torch.arange(64).view(2, 32)).dtype == torch.float32
+    tokens = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[:, :-1].double()
+    exact = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    loss = train.next_token_loss(model, tokens)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_fp16_leaves_out_a_step_that_overflows(olmo2, mask, text, tmp_path):
