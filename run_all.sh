@@ -5,7 +5,7 @@
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
 # Finished stages are skipped, interrupted ones resume, those with other inputs are run again, or
-# refused (paper). --dry-run says what a run needs. On each of two machines with GPUs:
+# refused (paper, your models). --dry-run says what a run needs. On each of two machines with GPUs:
 #   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
 # with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
@@ -66,7 +66,7 @@ evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language a
         "${shared[@]}" --tasks "${evaluate_tasks#,}" "${evaluate_options[@]}" --out "$2/eval.json"
     [ -z "$chat_tasks" ] || stage "$2/chat.json" "${inputs[@]}" "${chat_inputs[@]}" -- python \
         tools/chat_eval.py "${shared[@]}" --tasks "${chat_tasks#,}" --out "$2/chat.json" \
-        --language-id "$LANGUAGE_ID"
+        --language-id "$LANGUAGE_ID" "${chat_options[@]}"
     evaluated+=("${2##*/}")
 }
 adapt() {  # METHOD RATIO: a static method is a mask file, the others are options of train.py

@@ -62,7 +62,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("score.py", argparse.SUPPRESS, __doc__, formatter_class=raw)
     add = parser.add_argument
     add("--model", required=True, help="source model: directory or hub id")
-    add("--data", help="calibration text: tulu, alpaca, or a .jsonl, .jsonl.gz, .parquet, .txt")
+    add("--data", help="calibration text: tulu, alpaca, .jsonl[.gz], .parquet, .txt (by line)")
     add("--out", required=True, type=Path, help="scores-<method>.safetensors to write")
     add("--method", choices=METHODS, default="wanda", help="importance of a weight")
     add("--axis", choices=["column", "row", "element"], default="column", help="unit to score")

@@ -61,7 +61,7 @@ def parse_args(argv=None):  # noqa: C901
     parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=formatter)
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", required=True, help="source model: directory or hub id")
-    add("--data", required=True, help="target text: .jsonl[.gz], .parquet, .txt or madlad:LANG")
+    add("--data", required=True, help="text: .jsonl[.gz], .parquet, .txt (by line), madlad:LANG")
     add("--mask", type=Path, help="mask file of make_mask.py (default: train all weights)")
     add("--out", type=Path, required=True, help="directory for model/, checkpoint/, train.jsonl")
     add("--source-eval", help="held-out source text or chats, for the loss during training")

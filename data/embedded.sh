@@ -11,8 +11,10 @@ en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--batch-size 8 --micro-batch-size 8 --seq-len 128)
 accumulated=2  # sequences of each of the four micro-batches of gmt (Table 8)
 calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 512)
+every=16; [ "${#STEPS}" -lt 4 ] || every=500  # from 1,000 steps on: checkpoints take time
 texts=("$target/train.jsonl" "$en/heldout.jsonl" "$target/heldout.jsonl")
 train_options=(--data "$target/train.jsonl" --source-eval "$en/heldout.jsonl"
-    --target-eval "$target/heldout.jsonl" --eval-every 16 "${batch[@]}"
-    --lr "$LR" --save-every 16 --eval-tokens 4096)
+    --target-eval "$target/heldout.jsonl" --eval-every "$every" "${batch[@]}"
+    --lr "$LR" --save-every "$every" --eval-tokens 4096)
+chat_options=()
 evaluate_options=(--num-samples 100 --greedy --max-new-tokens 32 --batch-tokens 16384)

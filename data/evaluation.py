@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from data.identity import sha256_of
-from data.rows import parse
+from data.rows import parse, read_languages
 from variants.distributed import RANK
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = Path(sys.argv[0]).name
 SCRIPT = NAME if NAME == "chat_eval.py" else "evaluate.py"
-LANGUAGES_FILE = Path(__file__).resolve().parent / "languages.json"
 IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
-LANGUAGES = json.loads(LANGUAGES_FILE.read_text(encoding="utf-8"))
+LANGUAGES = read_languages()
 
 
 def fail(message):

@@ -42,7 +42,7 @@ def context_of(config):
 
 
 def load_config(name, fail):
-    """Return the config of a decoder-only model that has attention and unquantized weights.
+    """Return the config of a text-only decoder that has attention and unquantized weights.
 
     name: directory or hub id. fail(message) is called for any other model, and must not return.
     """
@@ -58,6 +58,8 @@ def load_config(name, fail):
         fail(f"model {name}: {kind} has an encoder. Give a decoder-only model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         fail(f"model {name}: {kind} is not a causal language model. Give one")
+    if text is not config:
+        fail(f"model {name}: {kind} also reads images or sound. Give a text-only model")
     if not hasattr(text, "num_attention_heads"):
         fail(f"model {name}: {kind} has no attention. Give a transformer")
     if getattr(config, "quantization_config", None):
@@ -117,6 +119,7 @@ def check_unknown(tokenizer, unknown, total, what, fail):
     <unk> everywhere is easy to predict, so that all numbers would look splendid.
     """
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    special.append(end_of_text(tokenizer, fail)[1])
     share = unknown / max(1, total)
     if share > 0.01 and tokenizer.unk_token_id not in special:
         fail(f"{what}: {share:.1%} of the tokens are <unk>. Choose a model that knows the script")

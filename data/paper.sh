@@ -18,4 +18,4 @@ texts=("$en/xlsum.jsonl" "$target/xlsum.jsonl")
 train_options=(--data "madlad:$lang" --source-eval "$en/xlsum.jsonl"
     --target-eval "$target/xlsum.jsonl" --eval-every 500 "${batch[@]}"
     --lr "$LR" --save-every 500)
-evaluate_options=(--batch-tokens 32768)
+evaluate_options=(--batch-tokens 32768) chat_options=("${evaluate_options[@]}")

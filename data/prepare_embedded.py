@@ -1,6 +1,6 @@
 """Make the embedded profile's model and data offline, the same bytes every time.
 
-    pip install --no-deps -r data/requirements.txt
+    . ./setup.sh requirements.txt data/requirements.txt
     python data/prepare_embedded.py                         # writes data/embedded in half a minute
     python data/prepare_embedded.py --lang ne --out DIR     # one language only
 
@@ -43,7 +43,7 @@ try:
     import yaml  # comes with huggingface_hub
     from babel import Locale, dates, languages, lists, numbers, units
 except ImportError as missing:
-    hint = f"{missing}. Run pip install --no-deps -r data/requirements.txt"
+    hint = f"{missing}. Run . ./setup.sh requirements.txt data/requirements.txt"
     print(f"prepare_embedded.py: error: {hint}", file=sys.stderr)
     raise SystemExit(2) from None
 
@@ -575,7 +575,7 @@ def package_versions():
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            fail(f"{name} is missing. Run pip install --no-deps -r data/requirements.txt")
+            fail(f"{name} is missing. Run . ./setup.sh requirements.txt data/requirements.txt")
     return versions
 
 

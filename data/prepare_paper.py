@@ -29,9 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import safety
+from data.rows import read_languages
 
 HERE = Path(__file__).resolve().parent
-LANGUAGES = json.loads((HERE / "languages.json").read_text(encoding="utf-8"))
+LANGUAGES = read_languages()
 FLORES = {
     "gated": ("openlanguagedata/flores_plus", None),
     "ungated": ("mteb/FloresBitextMining", "2144d16cc15edd22d4a9237d12bff5f31f5c07fc"),

@@ -1,6 +1,8 @@
 """One rule for every file of JSON Lines that a stage reads: a row is an object on one line."""
 
 import json
+import sys
+from pathlib import Path
 
 
 def parse(line):
@@ -27,3 +29,18 @@ def guess(line):
     if b"\t" in start and start[:1] != b"{":
         return "it is a line of tab-separated values: write them as JSON objects"
     return ""
+
+
+def read_languages():
+    """Return languages.json. If it cannot be read, exit with an error: its users edit it."""
+    path = Path(__file__).with_name("languages.json")
+    try:
+        languages = json.loads(path.read_text(encoding="utf-8"))
+        for code, about in languages.items():
+            if "name" not in about:
+                raise ValueError(f"{code} has no name")
+    except ValueError as error:
+        script = Path(sys.argv[0]).name
+        print(f"{script}: error: {path} cannot be read: {error}. Correct it", file=sys.stderr)
+        raise SystemExit(2) from None
+    return languages

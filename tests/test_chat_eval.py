@@ -71,6 +71,18 @@ def test_code_mixed_answers_are_counted_and_written_for_the_judge(
     result = json.loads((tmp_path / "fft/chat.json").read_text())["results"]["codemix"]["source"]
     assert result == {"share": sum(expected) / len(expected), "n": len(outputs)}
 
+    def refused(how, lang):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            chat_eval.english_confidence(how, lang)
+        return capsys.readouterr().err
+
+    assert "GlotLID does not know kir_Cyrl" in refused("glotlid", "ky")
+    monkeypatch.setitem(chat_eval.evaluate.LANGUAGES, "sw", {"name": "Swahili"})
+    assert "sw has no `flores`" in refused("script", "sw")
+    monkeypatch.setitem(chat_eval.evaluate.LANGUAGES["sw"], "flores", "swh_Latn")
+    assert "sw and English share a script" in refused("script", "sw")
+
     shutil.rmtree(HUB / "models")
     shutil.rmtree(HUB / "home/hub")
     for other, message in (

@@ -5,6 +5,7 @@ And what no stage may be stopped by.
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,7 @@ def changed(model, folder, **change):
 CONFIGS = {
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     "encoder-decoder": ({"model_type": "t5"}, "t5 has an encoder"),
+    "images": ({"model_type": "gemma3"}, "gemma3 also reads images"),
     "wrong type": ({"rms_norm_eps": "a"}, "expected float, got str"),
     "out of range": ({"pad_token_id": 9999}, "Padding_idx"),
     "unknown": ({"hidden_act": "nope"}, "nope"),
@@ -140,6 +142,21 @@ def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
     found = commands(model, chats, text, evaluation, tmp_path)
     for name in ("score", "train", "evaluate"):
         assert "% of the tokens are <unk>" in refused(capsys, *found[name])
+
+
+def test_the_end_of_text_is_not_unknown_where_one_token_is_both(olmo2):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2, unk_token="<|endoftext|>", pad_token="!")
+    models.check_unknown(tokenizer, 50, 100, "text", files.fail)
+
+
+@pytest.mark.parametrize("content", ['{"sw": {"name": "Swahili"},}', '{"sw": {"flores": "x"}}'])
+def test_mistakes_in_languages_json_are_one_line(content, tmp_path, capsys):
+    shutil.copy(ROOT / "data/rows.py", tmp_path)
+    (tmp_path / "languages.json").write_text(content)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(tmp_path / "rows.py")["read_languages"]()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and "languages.json cannot be read: " in line
 
 
 def test_the_end_of_text_of_gemma_is_not_a_tag():

@@ -14,7 +14,14 @@ from paper_hub import MADLAD, put_harness_data, put_madlad, put_tulu
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Olmo2Config, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+)
 
 import train
 from tools import memory, plan
@@ -259,6 +266,19 @@ def test_memory_of_an_unknown_architecture_is_not_counted(config, tmp_path, caps
     config.save_pretrained(tmp_path)
     assert plan.main(["--model", str(tmp_path)]) == 0
     assert f"memory: not counted for {config.model_type}" in capsys.readouterr().out
+
+
+def test_experts_are_refused_before_other_methods_train(tmp_path, capsys):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=4, num_local_experts=2, vocab_size=400)
+    MixtralConfig(**sizes).save_pretrained(tmp_path)
+    argv = ["--model", tmp_path, "--lang", "ne", "--data-dir", tmp_path, "--runs", tmp_path]
+    argv = [*map(str, argv), "--calibration", "file", "--profile", "embedded"]
+    argv += ["--tasks", "bpb", "--methods", "fft"]
+    assert plan.main(argv) == 0
+    with pytest.raises(SystemExit):
+        plan.main([*argv, "ssu-wanda"])
+    assert "cannot be scored" in capsys.readouterr().err
 
 
 def put_glotlid_file():

@@ -373,7 +373,7 @@ def test_missing_package_names_the_command(tmp_path, capsys, monkeypatch):
         prepare.main(["--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert "pip install --no-deps -r data/requirements.txt" in error
+    assert ". ./setup.sh requirements.txt data/requirements.txt" in error
     assert not (tmp_path / "new").exists()
 
 

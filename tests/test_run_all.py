@@ -269,24 +269,28 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
     started = re.findall(r"^\+ python (\S+)", again.stdout, re.MULTILINE)
     assert started == ["tools/plan.py", "tools/report.py"]
 
-    # New training text: the scores and the mask stay, training and evaluations are made again.
+    # New training text: the model is not deleted. When it is, the scores and the mask stay, and
+    # training and evaluations are made again.
     with open(data / "ne/train.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
     (data / "ne/mmlu.test.jsonl").unlink()
     settings |= {"TASKS": "bpb", "COMPACT": "1"}
+    refused = run_all("ne", python=quick, **settings)
+    assert refused.returncode == 2 and "model was made with other settings" in refused.stderr
+    shutil.rmtree(run / "ssu-wanda/model")
     changed = run_all("ne", python=quick, **settings)
     assert changed.returncode == 0, changed.stderr[-3000:]
     assert json.loads((run / "source/eval.json").read_text())["results"].keys() == {"bpb"}
     log = [json.loads(line) for line in (run / "ssu-wanda/train.jsonl").read_text().splitlines()]
     assert log[0]["settings"]["compact"] and log[-1]["summary"]["frozen_verified"] > 0
-    assert changed.stdout.count("done before:") == 2
+    assert changed.stdout.count("done before:") == 3  # the evaluation of the source, just before
 
 
 def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path):
     (tmp_path / "requirements.txt").touch()
     (tmp_path / "copy.sh").write_text('cp "$1" "$2"; echo "made $2"\n')
     script = (
-        f'. "{ROOT}/tools/driver.sh"; PROFILE=embedded several=()\n'
+        f'. "{ROOT}/tools/driver.sh"; PROFILE=embedded DATA_DIR= MODEL= several=()\n'
         "stage a -- bash copy.sh text a; stage b a.made-by -- bash copy.sh a b\n"
     )
 

@@ -672,14 +672,19 @@ def test_heldout_bits_per_byte(olmo2, text, chats, tmp_path):
 def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
     olmo2, text, tmp_path, capsys
 ):
-    train.main(arguments(olmo2, text, tmp_path / "out", "--steps", "2"))
+    model = shutil.copytree(olmo2, tmp_path / "model")
+    (model / "LICENSE.md").write_text("terms")
+    (model / "README.md").write_text("of the source")
+    train.main(arguments(model, text, tmp_path / "out", "--steps", "2"))
+    assert "of the source" != (tmp_path / "out/model/README.md").read_text()
     for name in (
+        "LICENSE.md",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
     ):
-        assert (tmp_path / "out/model" / name).read_bytes() == (olmo2 / name).read_bytes()
+        assert (tmp_path / "out/model" / name).read_bytes() == (model / name).read_bytes()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert not (tmp_path / "out/checkpoint").exists() and not list(tmp_path.rglob("*.tmp"))
     out = capsys.readouterr().out
@@ -876,7 +881,7 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
         (None, "no such file"),
         ("", "no text"),
         ('{"text": "a"}\n{broken\n', "row 2 is not JSON"),
-        ('{"text": "a"}\n{"text": "\udcff"}\n', "row 2 is not JSON in UTF-8"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "row 2 is not UTF-8, or not JSON"),
         ('{"messages": []}\n', "no usable `text`"),
         ("[1]\n", "it begins a JSON array"),
         ('{"text": "\\ud83d"}\n', "no usable `text`"),

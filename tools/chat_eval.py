@@ -40,7 +40,6 @@ from tools import judged
 from tools.answers import ask_all, resume
 
 GLOTLID = ("cis-lmu/glotlid", "model_v3.bin", "e773fb98e530c58837b11c61f94653f6fe7e1465")
-LATIN = ("ha", "ig")  # languages in the script of English
 # lm-eval's task, examples, metric, filter; IFEval limits its new tokens to 1,280 itself
 HARNESS = {
     "ifeval": ("leaderboard_ifeval", 0, "prompt_level_strict_acc", "none"),
@@ -109,12 +108,13 @@ def english_confidence(how, lang):
     over English and the target language alone. `script` is the fraction of Latin letters, for where
     GlotLID cannot be had.
     """
+    code = evaluate.LANGUAGES[lang].get("flores")
+    if code is None:
+        fail(f"codemix: {lang} has no `flores` in data/languages.json. Add its code")
     if how == "script":
-        if lang in LATIN:
+        if code.endswith("_Latn"):
             fail(f"--language-id script: {lang} and English share a script. Choose glotlid")
         return script_confidence
-    if "flores" not in evaluate.LANGUAGES[lang]:
-        fail(f"--language-id glotlid: {lang} has no `flores` in data/languages.json. Add its code")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
@@ -126,7 +126,9 @@ def english_confidence(how, lang):
         fail("codemix by GlotLID needs fastText: pip install fasttext-numpy2==0.10.4")
     except (OSError, ValueError, HTTPError) as error:
         fail(f"the hub did not give {GLOTLID[0]} ({error}). Choose --language-id script")
-    target = "__label__" + evaluate.LANGUAGES[lang]["flores"]
+    target = f"__label__{code}"
+    if target not in model.get_labels():
+        fail(f"GlotLID does not know {code}, the `flores` of {lang}. Correct data/languages.json")
 
     def confidence(text):
         if not any(c.isalpha() for c in text):

@@ -156,11 +156,14 @@ stage() {
         cat "$2" requirements.txt "${inputs[@]}"; } | sha256sum)
     if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$key" ]; then
         if [ -e "$output" ] || [ -e "$checkpoint" ]; then
-            # Only what has a stamp is deleted, and in the paper profile, where it may have taken
-            # days, not even that.
+            # Only what has a stamp is deleted, and not even that where it may have taken days: in
+            # the paper profile, and models made from data and a model of your own.
             [ -e "$stamp" ] || fail "run_all.sh did not make $output. Move it away, or set RUNS"
-            [ "$PROFILE" = embedded ] ||
-                fail "$output was made with other settings or inputs. Set RUNS, or delete it"
+            case $PROFILE:$DATA_DIR:$MODEL:$output in
+                embedded:*data/embedded*) ;;
+                paper:* | *:*/model)
+                    fail "$output was made with other settings or inputs. Set RUNS, or delete it" ;;
+            esac
         fi
         rm -rf "$output" "$checkpoint"
         mkdir -p "$(dirname "$output")"

@@ -13,17 +13,16 @@ tools/memory.py says how memory is counted.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.rows import read_languages
 
-LANGUAGES = json.loads((ROOT / "data/languages.json").read_text(encoding="utf-8"))
+LANGUAGES = read_languages()
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 # Methods of run_all.sh: those without a ratio, then the others.
@@ -314,12 +313,15 @@ def check_disk(args, weights, itemsize, download):
 
 def plan(args):
     """Print the plan. Return the problems."""
+    import score
     from tools.memory import trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
         return problems
     skeleton = load_skeleton(args.model)
+    if args.lang and any(method.startswith(("ssu-", "lota")) for method in args.methods):
+        score.scored_parameters(skeleton)  # score.py refuses experts, which FFT is trained with
     config, dtype = skeleton.config.get_text_config(), skeleton.config.dtype
     sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
     fractions = trained_fractions(skeleton, min(args.ratios))

@@ -46,7 +46,7 @@ from variants.distributed import (
 )
 
 CHECKPOINT_FILE = 4 * 10**9  # bytes of a rank's state in one file, which is built in main memory
-OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def peak_memory(device):
@@ -78,6 +78,11 @@ def load_model(name, config, **options):
     return models.load_weights(name, fail, revision=commit, **options)
 
 
+def kept(path):
+    """Return whether a path is a file of a model. The model card and other formats are not."""
+    return path.is_file() and path.suffix not in OTHER_FORMATS and path.name != "README.md"
+
+
 def model_key(model, directory):
     """Identify a model's files: the commit of a hub id, the sha256 of a directory's files.
 
@@ -87,8 +92,7 @@ def model_key(model, directory):
         return commit
     digest = None
     if LOCAL_RANK == 0:
-        paths = [path for path in directory.iterdir() if path.is_file()]
-        digest = sha256_of([path for path in paths if path.suffix not in OTHER_FORMATS])
+        digest = sha256_of([path for path in directory.iterdir() if kept(path)])
     first = from_rank_zero(digest)
     if digest not in (None, first):
         fail(f"--model {directory}: not the files that rank 0 has. Copy them to all machines")
@@ -131,7 +135,7 @@ def save_model(model, source, dtype, directory, out):
     (out / "generation_config.json").unlink(missing_ok=True)
     for file in directory.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.suffix not in OTHER_FORMATS:
+        if kept(file) and not weights:
             shutil.copyfile(file, out / file.name)
     for file in out.iterdir():
         with open(file, "rb") as handle:
