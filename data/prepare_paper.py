@@ -5,8 +5,8 @@
     HF_TOKEN=... python data/prepare_paper.py ne --safety-eval CLONE
 
     flores.{dev,devtest}   FLORES+: all of dev, 500 pairs of devtest (the authors' draw). The gated
-                           original needs HF_TOKEN and its terms accepted. The ungated copy of mteb
-                           has devtest alone, so its examples are the pairs that were not drawn.
+                           original needs HF_TOKEN and its terms accepted. Of the ungated copy of
+                           mteb, devtest is read alone: its examples are the pairs not drawn.
     xlsum                  XL-Sum: the 500 articles of test and validation with the fewest tokens
     belebele               Belebele: all 900 questions
     mmlu.{dev,test}        MMLU (English) and Global-MMLU, without questions with an empty option
@@ -113,6 +113,11 @@ def reader(commits):
 # The rows of each file
 
 
+def has_text(cell):
+    """Return whether a cell is more than white space: evaluate.py reads no other."""
+    return bool(cell and cell.strip())
+
+
 def aligned_pairs(load, repo, code, split):
     """Return the pairs of English and `code` in a split of the gated FLORES+."""
     english = load(repo, "eng_Latn", split, ("id", "text"))
@@ -150,7 +155,7 @@ def xlsum_rows(load, lang, tokenizer):
     name, rows = LANGUAGES[lang]["xlsum"], []
     for split in ("test", "validation"):
         for row in load(XLSUM, name, split, ("id", "text", "summary")):
-            if row["text"] and row["summary"]:
+            if has_text(row["text"]) and has_text(row["summary"]):
                 rows.append(row | {"id": f"{split}/{row['id']}"})
     return sorted(rows, key=lambda row: len(tokenizer(row["text"])["input_ids"]))[:500]
 
@@ -175,7 +180,8 @@ def mmlu_rows(load, lang, split):
     else:
         columns = ("sample_id", "subject", "question", *OPTIONS, "answer")
         rows = load(GLOBAL_MMLU, LANGUAGES[lang]["global_mmlu"], split, columns)
-    return [row for row in rows if row["question"] and all(row[option] for option in OPTIONS)]
+    needed = ("question", *OPTIONS)
+    return [row for row in rows if all(has_text(row[column]) for column in needed)]
 
 
 def mtb_rows(load):

@@ -170,7 +170,7 @@ def paper_sets(served, olmo2):
                             "option_a": "a",
                             "option_b": "b",
                             "option_c": "c",
-                            "option_d": "" if split == "test" and i == 1 else "d",
+                            "option_d": " " if split == "test" and i == 1 else "d",
                             "answer": "D",
                         }
                         for i in range(n)

@@ -135,7 +135,10 @@ def english_confidence(how, lang):
             return None
         labels, odds = model.predict(" ".join(text.split()), k=-1)  # one line, all languages
         found = dict(zip(labels, map(float, odds), strict=True))
-        english, other = found.get("__label__eng_Latn", 0.0), found.get(target, 0.0)
+        floor = 1e-5  # which fastText adds to each: without it, a third language counts as neither
+        english, other = (
+            max(0.0, found.get(label, 0.0) - floor) for label in ("__label__eng_Latn", target)
+        )
         return english / (english + other) if english + other else 0.0
 
     return confidence
