@@ -87,7 +87,7 @@ def parse_args(argv=None):  # noqa: C901
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--compile", action="store_true", help="torch.compile of each decoder layer")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--timeout", type=float, default=10, help="minutes to wait for a rank that hangs")
+    add("--timeout", type=float, default=10, help="minutes to wait for another rank")
     add("--device", choices=devices, default=devices[0], help="device to train on")
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=int, default=10, help="steps between lines of train.jsonl")

@@ -148,7 +148,8 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt")
     end, end_id = end_of_text(tokenizer, fail)
     key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
-    code = f"{sha256_of([Path(__file__)])} {transformers.__version__} {end_id}"
+    files = [Path(__file__).with_name(name) for name in ("blocks.py", "models.py", "rows.py")]
+    code = f"{sha256_of(files)} {transformers.__version__} {end_id}"
     cache = hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:32]
 
     documents = load_documents(flag, data, tokenizer, cache)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data.models import check_unknown, end_of_text, stop_clock
 from data.rows import parse
+from variants import distributed
 
 PRESETS = {  # --data: data set, revision, size of the download
     "tulu": ("allenai/tulu-3-sft-olmo-2-mixture", "main", "1.4 GB"),
@@ -36,6 +37,8 @@ BAD_TEMPLATE = (*BAD_ROW, ArithmeticError, TemplateError)
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
+    if distributed.RANK > 0:
+        distributed.fail(message)
     tqdm.write(f"score.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
     raise SystemExit(2)
 

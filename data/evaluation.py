@@ -14,6 +14,7 @@ import torch
 
 from data.identity import sha256_of
 from data.rows import parse, read_languages
+from variants import distributed
 from variants.distributed import RANK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ LANGUAGES = read_languages()
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
+    if RANK > 0:
+        distributed.fail(message)
     print(f"{SCRIPT}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,6 +1,7 @@
 """train.py under torchrun on gloo: the run of one process, whatever the number of ranks."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,6 +62,21 @@ def test_the_dtype_of_the_source_is_known_after_the_model_is_built():
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, dtype=torch.bfloat16)
     model = distributed.empty_model(config, dtype=torch.float32)
     assert model.dtype == torch.float32 and config.dtype == torch.bfloat16
+
+
+def test_weights_that_files_untie_are_refused(llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "m")
+    state = load_file(llama / "model.safetensors")
+    model = distributed.empty_model(LlamaConfig.from_pretrained(llama), dtype=torch.float32)
+    for change in (0.0, 1.0):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] + change
+        save_file(state, tmp_path / "m/model.safetensors", {"format": "pt"})
+        if change:
+            with pytest.raises(SystemExit):
+                distributed.check_tied(model, "m", tmp_path / "m")
+        else:
+            distributed.check_tied(model, "m", tmp_path / "m")
+    assert "lm_head.weight and model.embed_tokens.weight differ" in capsys.readouterr().err
 
 
 def compare_with_files(folder):

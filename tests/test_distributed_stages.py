@@ -39,6 +39,16 @@ def lines_of(err):
     return [line for line in err.splitlines() if "error" in line]
 
 
+def refusal(python, script, argv):
+    """Return the line of rank 0. Another rank would wait for torchrun, and then say its own."""
+    (_, err), *others = run_ranks(python, 2, script, argv, code=2)
+    (line,) = lines_of(err)
+    message = line.partition("error: ")[2]
+    for out, err in others:
+        assert out == "" and err in ("", f"{script}: error: rank 1: {message}\n")
+    return line
+
+
 # ---- score.py ------------------------------------------------------------------------------------
 
 
@@ -104,12 +114,10 @@ def test_ranks_share_a_model_that_is_too_large(ranks, kind, more, chats, tmp_pat
         assert "--method fim needs GPUs that hold all of" in err and len(lines_of(err)) == 1
 
 
+@slow
 def test_what_score_refuses_is_one_line(olmo2, chats, tmp_path, python):
     def refused(*argv):
-        (_, err), *others = run_ranks(python, 2, "score.py", argv, code=2)
-        assert not any(out + err for out, err in others)
-        (line,) = lines_of(err)
-        return line
+        return refusal(python, "score.py", argv)
 
     argv = scoring(olmo2, chats, tmp_path / "s")
     assert "runs in one process" in refused(*argv, "--method", "fim", "--axis", "element")
@@ -174,19 +182,23 @@ def test_an_evaluation_goes_on_with_any_number_of_ranks(
     assert (found, items.replace('"mark": 1, ', "")) == whole
 
 
+@slow
 def test_what_evaluate_refuses_is_one_line(llama, data, tmp_path, python):  # noqa: F811
     def refused(*more):
-        argv = evaluating(llama, data, tmp_path / "eval.json", *more)
-        (_, err), *others = run_ranks(python, 2, "evaluate.py", argv, code=2)
-        assert not any(out + err for out, err in others)
-        (line,) = lines_of(err)
-        return line
+        return refusal(python, "evaluate.py", evaluating(llama, data, tmp_path / "e.json", *more))
 
     assert "--tasks bpb,sums" in refused("--tasks", "bpb,sums")
     assert "invalid choice" in refused("--lang", "de")
     assert "nowhere/en/heldout.jsonl" in refused("--data-dir", "nowhere")
-    (tmp_path / "eval.json").write_text("{}")
+    (tmp_path / "e.json").write_text("{}")
     assert "no earlier run wrote it" in refused()
+
+
+def test_a_rank_alone_says_what_it_met(llama, data, tmp_path, python):  # noqa: F811
+    """As on a machine that lacks the file."""
+    argv = [*evaluating(llama, data, tmp_path / "e.json"), "--data-dir", "nowhere"]
+    _, other = start_ranks(python, 2, *argv, script="evaluate.py")
+    assert "error: rank 1: nowhere/en/heldout.jsonl" in other.communicate(timeout=60)[1]
 
 
 # ---- torchrun itself -----------------------------------------------------------------------------

@@ -696,6 +696,17 @@ def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
         assert said in out
 
 
+def test_a_buffer_that_bf16_does_not_hold_is_saved_as_it_is(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model.register_buffer("fine", torch.tensor([5.001, 5.002]))
+    model.register_buffer("coarse", torch.tensor([5.0, 2.0]))
+    source = {name: p.detach() for name, p in model.named_parameters()}
+    files.save_model(model, source, torch.bfloat16, llama, tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert saved["fine"].tolist() == torch.tensor([5.001, 5.002]).tolist()
+    assert saved["coarse"].dtype == torch.bfloat16
+
+
 def test_bf16_source_is_saved_as_bf16_with_frozen_bits_kept(chats, text, tmp_path):
     model = tiny_model(tmp_path / "source", "olmo2")
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
@@ -861,6 +872,12 @@ def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with files.locked(tmp_path / "out", False):
         assert "another train.py" in refused(capsys, *arguments(olmo2, text, tmp_path / "out"))
+
+
+def test_a_log_that_is_gone_does_not_stand_in_the_way(olmo2, text, checkpointed):
+    (checkpointed / "train.jsonl").unlink()
+    train.main(arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume"))
+    assert [line["step"] for line in log_of(checkpointed)[1:-1]] == list(range(11, 21))
 
 
 def test_a_log_line_that_a_kill_cut_does_not_stand_in_the_way(olmo2, text, checkpointed):

@@ -208,6 +208,7 @@ def read_source(model, name, directory, dtype=torch.float32):
     for key, p in model.named_parameters():
         if not key.endswith(".columns"):
             source[key] = torch.zeros_like(p, dtype=dtype, device=p.device).detach()
+    check_tied(model, name, directory)
     try:
         with one_error():
             dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
@@ -216,9 +217,25 @@ def read_source(model, name, directory, dtype=torch.float32):
     return source
 
 
+def check_tied(model, name, directory):
+    """Exit with an error if files hold two weights where config.json ties them. One process unties
+    them, too, but a skeleton is tied before the files are read.
+    """
+    pairs = model.all_tied_weights_keys.items()
+    found = read_tensors({key for pair in pairs for key in pair}, directory)
+    for key, other in pairs:
+        if key in found and other in found and not torch.equal(found[key], found[other]):
+            what = f"{key} and {other} differ, but tie_word_embeddings is true"
+            fail(f"--model {name}: {what}. Correct config.json, or start without torchrun")
+
+
 def read_buffers(model, directory):
     """Return {name: tensor} of what a model's files hold beside weights: Apertus's beta and eps."""
-    names = dict(model.named_buffers()).keys() & model.state_dict().keys()
+    return read_tensors(dict(model.named_buffers()).keys() & model.state_dict().keys(), directory)
+
+
+def read_tensors(names, directory):
+    """Return {name: tensor} of those names that the files have."""
     found = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -128,7 +128,8 @@ def save_model(model, source, dtype, directory, out):
     if RANK > 0:
         return
     for name, buffer in saved_buffers(model, directory).items():
-        state[name] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        rounded = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        state[name] = rounded if torch.equal(rounded.to(buffer.dtype), buffer) else buffer
     shutil.rmtree(out, ignore_errors=True)
     model.generation_config = transformers.GenerationConfig()  # the source's is copied below
     model.to(dtype).save_pretrained(out, state_dict=state)
@@ -265,7 +266,9 @@ def start_log(path, header, start):
     if RANK > 0:
         return
     lines = [json.dumps(header, default=str)]
-    old = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if start else []
+    old = []
+    if start and path.exists():
+        old = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     for line in old:
         try:
             if json.loads(line)["step"] <= start:
