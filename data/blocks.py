@@ -75,7 +75,7 @@ def read_documents(flag, path, tokenizer):
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         fail(f"{flag} {path}: row {number} cannot be read, the file is damaged ({error})")
     except ValueError as error:
-        fail(f"{flag} {path}: row {number} is not UTF-8, or not JSON ({error}). Correct it")
+        fail(f"{flag} {path}: row {number} is not JSON, or not UTF-8 ({error}). Correct it")
 
 
 def render(chat, tokenizer):

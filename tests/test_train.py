@@ -898,7 +898,7 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
         (None, "no such file"),
         ("", "no text"),
         ('{"text": "a"}\n{broken\n', "row 2 is not JSON"),
-        ('{"text": "a"}\n{"text": "\udcff"}\n', "row 2 is not UTF-8, or not JSON"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "row 2 is not JSON, or not UTF-8"),
         ('{"messages": []}\n', "no usable `text`"),
         ("[1]\n", "it begins a JSON array"),
         ('{"text": "\\ud83d"}\n', "no usable `text`"),
