@@ -241,10 +241,10 @@ def loglik(model, rows, shared=0):
     sums = []
     left_out = shared + width - logits.shape[1]  # logits: [rows, places kept, vocabulary]
     for prompt, part in rows:
-        row, first = inputs.index(tuple(prompt + part[:-1])[shared:]), len(prompt) - 1 - left_out
+        row = inputs.index(tuple(prompt + part[:-1])[shared:])
+        first = len(prompt) - 1 - left_out  # these logits predict part[0]
         logprobs = logits[row, first : first + len(part)].float().log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor(part, device=logits.device)[:, None])
-        sums.append(float(chosen.double().sum()))
+        sums.append(float(logprobs[range(len(part)), part].double().sum()))
     if not all(map(math.isfinite, sums)):
         fail("the model gives logits that are not finite. Its weights are damaged")
     return sums
@@ -284,7 +284,7 @@ def generate(model, prompts, max_new_tokens, stop_ids, options):
 def make_batches(items, args):
     """Return [(number, items), ...] with at most --batch-tokens tokens each, padding included.
 
-    A batch is of one task, side and run, and of one set of examples in mrc and mmlu.
+    A batch has one task, side and run, in mrc and mmlu one set of examples, its longest item first.
     """
 
     def tokens(item):
@@ -300,14 +300,14 @@ def make_batches(items, args):
             kind = (*kind, saved["domain"], saved["shots"])
         elif saved["task"] in ("bpb", "mcq"):  # logits are kept at many places
             budget = budget // 8
-        some = batches.setdefault(kind, [])
-        if some and (len(some[-1]) + 1) * tokens(some[-1][0]) <= budget:
-            some[-1].append(item)
+        made = batches.setdefault(kind, [])
+        if made and (len(made[-1]) + 1) * tokens(made[-1][0]) <= budget:
+            made[-1].append(item)
         else:
-            some.append([item])
+            made.append([item])
     numbered = []
-    for some in batches.values():
-        numbered += enumerate(some)
+    for made in batches.values():
+        numbered += enumerate(made)
     return numbered
 
 

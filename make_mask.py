@@ -152,13 +152,14 @@ def s2ft_masks(model, ratio, seed, kinds):
         kind = name.removesuffix(".weight").split(".")[-1]
         if kind not in kinds or p.dim() != 2:
             continue
-        columns = torch.arange(p.shape[1])
-        count = int((1 - ratio) * len(columns) + 1e-6)  # a tenth of 50 is 5, but 1 - 0.9 < 0.1
+        units = torch.arange(p.shape[1])  # input channels [d_in]
+        count = int((1 - ratio) * len(units) + 1e-6)  # a tenth of 50 is 5, but 1 - 0.9 < 0.1
         if kind == "o_proj":
-            columns = columns.view(model.config.get_text_config().num_attention_heads, -1)
-            count = max(1, round((1 - ratio) * len(columns)))
+            heads = model.config.get_text_config().num_attention_heads
+            units = units.view(heads, -1)  # [heads, head_dim]
+            count = max(1, round((1 - ratio) * heads))
         masks[name] = torch.zeros(1, p.shape[1], dtype=torch.uint8)
-        masks[name][0, columns[rng.sample(range(len(columns)), count)].flatten()] = 1
+        masks[name][0, units[rng.sample(range(len(units)), count)].flatten()] = 1
     for kind in kinds:
         if not any(f"{kind}.weight" in name for name in masks):
             fail(f"S2FT trains {kind}, which {model.config.model_type} lacks. Use another method")

@@ -120,7 +120,7 @@ def scored_parameters(model):
 
 
 def input_reader(name, module, x):
-    """Return (read, divisor): the weight multiplies +- read(input, output) / divisor.
+    """Return (read, divisor): up to its sign, the weight multiplies read(input, output) / divisor.
 
     x is one input, to try it on. Fail if the module is neither nn.Linear nor a norm.
     """
@@ -132,7 +132,7 @@ def input_reader(name, module, x):
     at_0, at_1, at_3 = (copy.deepcopy(module) for _ in range(3))
     for probe, weight in ((at_0, 0.0), (at_1, 1.0), (at_3, 3.0)):
         nn.init.constant_(probe.weight, weight)
-    rest = at_0.forward(x)
+    rest = at_0.forward(x)  # .forward: the copies have the module's hooks
     expected = 3.0 * (at_1.forward(x) - rest) + rest
     if not torch.allclose(at_3.forward(x), expected, rtol=2e-2, atol=2e-2):
         fail(f"{name} of {type(module).__name__} cannot be scored. It is not the weight of a norm")
@@ -150,13 +150,13 @@ def input_norms(model, owners, tokens, batch_size):
     It is [d_in] for a matrix, [d] for a norm weight and [] for other vectors. Only the decoder of
     the model runs, on tokens, int64 [samples, seq_len].
     """
-    weights = {module: name for name, module in owners.items() if name.endswith(".weight")}
+    names = {module: name for name, module in owners.items() if name.endswith(".weight")}
     readers = {}  # name -> its input_reader
     squares = {}  # name -> sum over tokens of x_j^2, fp32 [d]
     last = {"x": None, "sum": None}  # q, k and v read the same tensor: square it once
 
     def add(module, args, output):
-        name = weights[module]
+        name = names[module]
         if name not in readers:
             readers[name] = input_reader(name, module, args[0])
         x = readers[name][0](args[0], output)
@@ -173,7 +173,7 @@ def input_norms(model, owners, tokens, batch_size):
         batches = tqdm(batches, desc="calibrate", unit="batch")
     else:
         batches = distributed.in_order(batches, squares, "batch")
-    hooks = [module.register_forward_hook(add) for module in weights]
+    hooks = [module.register_forward_hook(add) for module in names]
     for batch in batches:
         model.decode(input_ids=batch.to(model.device), use_cache=False)
     for hook in hooks:

@@ -126,8 +126,8 @@ def build_model(args, masks, skeleton, directory):
     skeleton: the model without weights.
     masks: {parameter name: uint8 tensor that broadcasts to it}, 1 = update, 0 = freeze.
     """
-    flash = args.device == "cuda" and args.precision != "fp32" and skeleton._supports_flash_attn
-    flash = flash and is_flash_attn_2_available()
+    half = args.device == "cuda" and args.precision != "fp32"  # flash-attn takes no fp32
+    flash = half and skeleton._supports_flash_attn and is_flash_attn_2_available()
     options = {"attn_implementation": "flash_attention_2"} if flash else {}
     options["dtype"] = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     if WORLD == 1:
@@ -191,7 +191,7 @@ def accumulate(model, batch, args, autocast, scaler):
 
 @torch.no_grad()
 def heldout_losses(step, model, heldout, args, autocast):
-    """Return the losses on held-out text {side: (sequences, counts)}, taken evenly from it."""
+    """Return {side}_loss and {side}_bpb. heldout: {side: (sequences, counts)}, sampled evenly."""
     values = {}
     model.eval()
     for side, (sequences, counts) in heldout.items():
@@ -263,9 +263,9 @@ def verify_and_copy(model, source, masks):
         now = distributed.local(compact.as_in_source(model, name)).to(before.device)
         after = torch.where(now == before.to(now.dtype), before, now.float())
         if name in columns:
-            index, now = (tensor.to(before.device) for tensor in columns[name])
-            was = before[:, index]
-            after[:, index] = torch.where(now == was.to(now.dtype), was, now.float())
+            index, copies = (tensor.to(before.device) for tensor in columns[name])
+            old = before[:, index]
+            after[:, index] = torch.where(copies == old.to(copies.dtype), old, copies.float())
         changed = after.view(torch.int32) != before.view(torch.int32)
         mask = distributed.local(distributed.like(masks.get(name, torch.ones(1)), p))
         update = mask.to(after.device).bool().expand(after.shape)

@@ -227,15 +227,6 @@ def test_five_full_disks(name, stages, whole, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("name", ["score", "make_mask"])
-def test_a_full_disk_leaves_the_file_of_before(name, stages, whole, tmp_path):
-    main, argv, made = stages[name]
-    shutil.copy(whole / made[0], tmp_path / made[0])
-    limited = limit_file_size(2000, tmp_path / "err")
-    assert code_of(forked(main, argv(tmp_path), limited)) == 2
-    check_same(made, tmp_path, whole)
-
-
 def test_training_text_that_is_new_meets_a_full_disk(olmo2, whole, tmp_path):
     """The tokens, too, are written completely or not at all."""
     rows = [

@@ -85,7 +85,7 @@ sys.path.insert(0, sys.argv[1])
 import score
 from variants import distributed
 
-distributed.MOST = 0  # of the memory, so that every model is too large
+distributed.FULL = 0  # so that every model is too large
 score.main(sys.argv[2:])
 """
 

@@ -74,9 +74,9 @@ class InPlaceLinear(CompactLinear):
         frozen = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, index, False)
         order = torch.cat([index, frozen.nonzero()[:, 0]])
         linear.weight.data = select(weight, order)
-        first = torch.arange(len(index))
+        first = torch.arange(len(index))  # where they are now
         super().__init__(linear, first, weight.dtype, weight.dtype)
-        self.register_buffer("order", order, persistent=False)  # [d_in]
+        self.register_buffer("order", order, persistent=False)  # [d_in], trained columns first
         self.share()
 
     def share(self):

@@ -35,7 +35,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"  # one process may be pytest
 STDERR = sys.stderr
-MOST = 0.8  # of the memory
+FULL = 0.8  # the share of a memory that weights may fill
 NOTHING = torch.empty(0)
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said to a single process
 
@@ -275,7 +275,7 @@ def is_too_large(model, dtype, device):
     if device == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     weights = sum(p.numel() for p in model.parameters())
-    return weights * dtype.itemsize > MOST * memory
+    return weights * dtype.itemsize > FULL * memory
 
 
 def compile_layers(model):

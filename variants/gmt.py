@@ -33,9 +33,9 @@ def add_hooks(model, names, ratio):
 
 def keep_largest(param, ratio):
     """Move the largest gradients of a micro-batch from param.grad to param.kept."""
-    kept = drop_smallest(param.grad, ratio)
+    before, kept = getattr(param, "kept", None), drop_smallest(param.grad, ratio)
     param.grad = None
-    param.kept = param.kept + kept if getattr(param, "kept", None) is not None else kept
+    param.kept = kept if before is None else before + kept
 
 
 def take_kept(model):
