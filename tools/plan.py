@@ -313,7 +313,6 @@ def check_disk(args, weights, itemsize, download):
 
 def plan(args):
     """Print the plan. Return the problems."""
-    import score
     from tools.memory import trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
@@ -321,6 +320,8 @@ def plan(args):
         return problems
     skeleton = load_skeleton(args.model)
     if args.lang and any(method.startswith(("ssu-", "lota")) for method in args.methods):
+        import score
+
         score.scored_parameters(skeleton)  # score.py refuses experts, which FFT is trained with
     config, dtype = skeleton.config.get_text_config(), skeleton.config.dtype
     sizes = {name: p.numel() for name, p in skeleton.named_parameters()}

@@ -208,7 +208,6 @@ def read_source(model, name, directory, dtype=torch.float32):
     for key, p in model.named_parameters():
         if not key.endswith(".columns"):
             source[key] = torch.zeros_like(p, dtype=dtype, device=p.device).detach()
-    check_tied(model, name, directory)
     try:
         with one_error():
             dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
@@ -254,6 +253,7 @@ def fill(model, device, name, directory, dtype=torch.float32):
         if module._buffers:  # rotary frequencies, which no file holds
             model._init_weights(module)
     source = read_source(model, name, directory, dtype)
+    check_tied(model, name, directory)
     for key, buffer in read_buffers(model, directory).items():
         model.get_buffer(key).copy_(buffer)
     for key, p in model.named_parameters():
