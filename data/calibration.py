@@ -8,7 +8,6 @@ shuffled, concatenated and cut into sequences without padding (Section 4.3 and T
 
 import gzip
 import random
-import sys
 import zlib
 from pathlib import Path
 
@@ -37,10 +36,7 @@ BAD_TEMPLATE = (*BAD_ROW, ArithmeticError, TemplateError)
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
-    if distributed.RANK > 0:
-        distributed.fail(message)
-    tqdm.write(f"score.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
+    distributed.fail(message, "score.py")
 
 
 def to_document(row):

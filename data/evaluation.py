@@ -26,10 +26,7 @@ LANGUAGES = read_languages()
 
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
-    if RANK > 0:
-        distributed.fail(message)
-    print(f"{SCRIPT}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    distributed.fail(message, SCRIPT)
 
 
 def code_sha256(*scripts):

@@ -146,6 +146,21 @@ def limit_file_size(limit, errors):
     return before
 
 
+@pytest.fixture()
+def refused(capsys):
+    """refused(main, *argv): the one line of error with which main(argv) ends, with exit code 2."""
+
+    def run(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in argv])
+        errors = [line for line in capsys.readouterr().err.splitlines() if ".py: error: " in line]
+        assert stopped.value.code == 2 and len(errors) == 1, errors
+        return errors[0]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def olmo2(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("olmo2"), "olmo2")

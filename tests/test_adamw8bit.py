@@ -14,7 +14,6 @@ from test_train import (
     check_decay,
     log_of,
     make_masks,
-    refused,
     state_of,
     static_mask,
     stop_after_saving,
@@ -36,15 +35,15 @@ LARGE = dict(hidden_size=128, intermediate_size=256)  # blocks of 256 fit most m
     ],
     ids=" ".join,
 )
-def test_what_does_not_fit_is_refused(more, message, olmo2, text, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_refused(more, message, olmo2, text, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(adamw8bit, "VERSION", "0.0.0")  # of which there is none
-    assert message in refused(capsys, *arguments(olmo2, text, tmp_path / "out", *more))
+    assert message in refused(train.main, *arguments(olmo2, text, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
-def test_several_ranks_are_refused_by_name(olmo2, text, tmp_path, capsys, monkeypatch):
+def test_several_ranks_are_refused_by_name(olmo2, text, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(adamw8bit, "WORLD", 2)
-    message = refused(capsys, *arguments(olmo2, text, tmp_path / "out", *BITS8))
+    message = refused(train.main, *arguments(olmo2, text, tmp_path / "out", *BITS8))
     assert "--optimizer adamw8bit runs in one process" in message
 
 

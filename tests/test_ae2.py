@@ -135,22 +135,14 @@ def test_the_paper_s_judge_is_asked_once_per_answer(served, judge, tmp_path):  #
     assert json.loads(worse.read_text())["results"]["ae2"]["source"]["win_rate"] < 25
 
 
-def test_what_is_missing_is_refused_before_anything_is_paid_for(tmp_path, capsys, monkeypatch):
+def test_what_is_missing_is_refused_before_anything_is_paid_for(tmp_path, refused, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-    def refused(path):
-        with pytest.raises(SystemExit) as stopped:
-            ae2.main([str(path)])
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2
-        return line
-
     path = write_answers(tmp_path)
-    assert "set OPENAI_API_KEY" in refused(path)
+    assert "set OPENAI_API_KEY" in refused(ae2.main, path)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setitem(sys.modules, "alpaca_eval", None)
-    assert "pip install alpaca-eval==0.6.6" in refused(path)
+    assert "pip install alpaca-eval==0.6.6" in refused(ae2.main, path)
     (tmp_path / "chat.ae2-1.json").unlink()
-    assert "chat.ae2-1.json cannot be read" in refused(path)
+    assert "chat.ae2-1.json cannot be read" in refused(ae2.main, path)
     path.write_text('{"format": "ssu-chat", "version": 1, "settings": {"runs": 1}, "results": {}}')
-    assert "it has no answers of ae2" in refused(path)
+    assert "it has no answers of ae2" in refused(ae2.main, path)

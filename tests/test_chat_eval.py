@@ -42,7 +42,7 @@ def put_glotlid(words):
 
 
 def test_code_mixed_answers_are_counted_and_written_for_the_judge(
-    served, llama, tmp_path, capsys, monkeypatch
+    served, llama, tmp_path, refused, monkeypatch
 ):
     monkeypatch.setitem(chat_eval.NEW_TOKENS, "ae2", 24)
     lid = put_glotlid(words=4)
@@ -71,17 +71,14 @@ def test_code_mixed_answers_are_counted_and_written_for_the_judge(
     result = json.loads((tmp_path / "fft/chat.json").read_text())["results"]["codemix"]["source"]
     assert result == {"share": sum(expected) / len(expected), "n": len(outputs)}
 
-    def refused(how, lang):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            chat_eval.english_confidence(how, lang)
-        return capsys.readouterr().err
+    def confidence(argv):
+        chat_eval.english_confidence(*argv)
 
-    assert "GlotLID does not know kir_Cyrl" in refused("glotlid", "ky")
+    assert "GlotLID does not know kir_Cyrl" in refused(confidence, "glotlid", "ky")
     monkeypatch.setitem(chat_eval.evaluate.LANGUAGES, "sw", {"name": "Swahili"})
-    assert "sw has no `flores`" in refused("script", "sw")
+    assert "sw has no `flores`" in refused(confidence, "script", "sw")
     monkeypatch.setitem(chat_eval.evaluate.LANGUAGES["sw"], "flores", "swh_Latn")
-    assert "sw and English share a script" in refused("script", "sw")
+    assert "sw and English share a script" in refused(confidence, "script", "sw")
 
     shutil.rmtree(HUB / "models")
     shutil.rmtree(HUB / "home/hub")
@@ -89,12 +86,8 @@ def test_code_mixed_answers_are_counted_and_written_for_the_judge(
         ([], "the hub did not give cis-lmu/glotlid"),
         (["--lang", "ha", "--language-id", "script"], "ha and English share a script"),
     ):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            out = tmp_path / "other.json"
-            chat_eval.main(command(llama, tmp_path / "data", out, *more, *map(str, other)))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2 and message in line
+        argv = command(llama, tmp_path / "data", tmp_path / "other.json", *more, *other)
+        assert message in refused(chat_eval.main, *argv)
 
 
 def test_chat_scores():
@@ -146,12 +139,10 @@ def test_chat_answers_are_greedy_saved_and_resumed(llama, chats, text, tmp_path,
     assert sum(count for count, tokens in made if tokens == 12) == 6
 
 
-def test_without_lm_eval_the_message_names_it(llama, tmp_path, monkeypatch, capsys):
+def test_without_lm_eval_the_message_names_it(llama, tmp_path, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(SystemExit) as stopped:
-        chat_eval.main(command(llama, tmp_path, tmp_path / "chat.json", "--tasks", "gsm8k"))
-    assert stopped.value.code == 2
-    assert "pip install 'lm-eval[hf,ifeval]==" in capsys.readouterr().err
+    argv = command(llama, tmp_path, tmp_path / "chat.json", "--tasks", "gsm8k")
+    assert "pip install 'lm-eval[hf,ifeval]==" in refused(chat_eval.main, *argv)
 
 
 def test_lm_eval_is_asked_as_in_the_paper():

@@ -14,7 +14,6 @@ from test_train import (
     arguments,
     log_of,
     make_masks,
-    refused,
     state_of,
     static_mask,
     stop_after_saving,
@@ -265,7 +264,7 @@ def test_the_masters_are_what_is_saved(shielded, text, tmp_path):
 
 
 def test_a_matrix_whose_layer_is_not_called_is_refused(
-    shielded, text, tmp_path, capsys, monkeypatch
+    shielded, text, tmp_path, refused, monkeypatch
 ):
     """Its gradient would go to the whole weight, which is not trained."""
     source, mask = shielded
@@ -277,13 +276,13 @@ def test_a_matrix_whose_layer_is_not_called_is_refused(
         ),
     )
     assert "layers.0.mlp.gate_proj got no gradient" in refused(
-        capsys, *arguments(source, text, tmp_path / "out", "--mask", mask, "--compact")
+        train.main, *arguments(source, text, tmp_path / "out", "--mask", mask, "--compact")
     )
 
 
 @pytest.mark.parametrize("more", [[], ["--compact"]])
 def test_a_gradient_that_is_not_finite_ends_the_run(
-    more, shielded, text, tmp_path, capsys, monkeypatch
+    more, shielded, text, tmp_path, refused, monkeypatch
 ):
     """Though the loss is finite and the gradient a frozen weight's, where inf * 0 is NaN."""
     source, mask = shielded
@@ -298,7 +297,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
         return real(model, *rest)
 
     monkeypatch.setattr(train, "make_optimizer", with_hook)
-    message = refused(capsys, *arguments(source, text, tmp_path / "out", "--mask", mask, *more))
+    message = refused(train.main, *arguments(source, text, tmp_path / "out", "--mask", mask, *more))
     assert "step 1: loss" in message and "gradient norm nan" in message
     assert not (tmp_path / "out/model").exists()
 
@@ -315,7 +314,7 @@ def test_compact_trains_whole_matrices_beside_frozen_ones(olmo2, chats, text, tm
     ["bf16", *[pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16-true")]],
 )
 def test_a_frozen_weight_that_moved_is_not_saved(
-    precision, shielded, text, tmp_path, capsys, monkeypatch
+    precision, shielded, text, tmp_path, refused, monkeypatch
 ):
     source, mask = shielded
     real = compact.write_columns
@@ -328,7 +327,7 @@ def test_a_frozen_weight_that_moved_is_not_saved(
 
     monkeypatch.setattr(compact, "write_columns", wrong)
     more = ["--mask", mask, "--compact", "--precision", precision, "--steps", "2"]
-    message = refused(capsys, *arguments(source, text, tmp_path / "out", *more))
+    message = refused(train.main, *arguments(source, text, tmp_path / "out", *more))
     assert "frozen weights of model.layers.0.mlp.up_proj" in message
     assert not (tmp_path / "out/model").exists()
 
@@ -404,13 +403,13 @@ def test_columns_in_place_are_a_view_of_the_matrix_with_the_gradients_of_a_linea
         (["--compact", "--mask", "MASK", "--precision", "fp16"], "needs --mask and"),
     ],
 )
-def test_what_excludes_each_other_is_refused(more, message, olmo2, text, tmp_path, capsys):
-    assert message in refused(capsys, *arguments(olmo2, text, tmp_path / "out", *more))
+def test_what_excludes_each_other_is_refused(more, message, olmo2, text, tmp_path, refused):
+    assert message in refused(train.main, *arguments(olmo2, text, tmp_path / "out", *more))
 
 
 @pytest.mark.parametrize("method", ["wanda-row", "wanda-element"])
-def test_only_columns_can_be_compact(method, olmo2, chats, text, tmp_path, capsys):
+def test_only_columns_can_be_compact(method, olmo2, chats, text, tmp_path, refused):
     mask = static_mask(method, olmo2, chats, tmp_path / "mask")
     assert "not columns" in refused(
-        capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--compact")
+        train.main, *arguments(olmo2, text, tmp_path / "out", "--mask", mask, "--compact")
     )

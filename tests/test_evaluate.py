@@ -417,10 +417,10 @@ def test_what_exceeds_the_context_is_cut_or_refused(papers, llama, tmp_path, cap
     assert "tokens, of 100 at most" in capsys.readouterr().err
 
 
-def test_a_language_without_a_code_of_flores(monkeypatch, llama, data, tmp_path, capsys):
+def test_a_language_without_a_code_of_flores(monkeypatch, llama, data, tmp_path, refused):
     monkeypatch.setitem(LANGUAGES, "sw", {"name": "Swahili"})
     argv = ["--model", llama, "--lang", "sw", "--data-dir", data, "--out", tmp_path / "e.json"]
-    assert "sw has no `flores`" in fails(capsys, *argv)
+    assert "sw has no `flores`" in refused(evaluate.main, *argv)
 
 
 def test_decoding_is_table_9(papers, tmp_path, monkeypatch):
@@ -663,17 +663,6 @@ def test_seeds_and_greedy(llama, data, whole, tmp_path):
 # ---- Bad input -----------------------------------------------------------------------------------
 
 
-def fails(capsys, *argv):
-    """Return the one line of an error that exits with 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(list(map(str, argv)))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("evaluate.py: error: "), error
-    assert error.count("\n") == 1, error
-    return error
-
-
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -688,12 +677,12 @@ def fails(capsys, *argv):
         ("--data-dir", "nowhere", "nowhere/en/heldout.jsonl No such file"),
     ],
 )
-def test_bad_arguments(llama, data, tmp_path, capsys, name, value, message):
+def test_bad_arguments(llama, data, tmp_path, refused, name, value, message):
     argv = {"--model": llama, "--lang": "ne", "--data-dir": data, "--out": tmp_path / "r/eval.json"}
     words = []
     for pair in (argv | {name: value}).items():
         words += pair
-    assert message in fails(capsys, *words, "--device", "cpu")
+    assert message in refused(evaluate.main, *words, "--device", "cpu")
     assert not (tmp_path / "r").exists()
 
 
@@ -726,17 +715,17 @@ USER, NOTHING = {"role": "user", "content": "a"}, {"role": "assistant", "content
         ("en/mmlu.test", json.dumps(CHOICE | {"answer": "E"}), "no option is right"),
     ],
 )
-def test_bad_data(llama, data, tmp_path, capsys, file, content, message):
+def test_bad_data(llama, data, tmp_path, refused, file, content, message):
     shutil.copytree(data, tmp_path / "data")
     raw = content if isinstance(content, bytes) else content.encode()
     (tmp_path / f"data/{file}.jsonl").write_bytes(raw)
     argv = ["--model", llama, "--lang", "ne", "--data-dir", tmp_path / "data"]
-    assert message in fails(capsys, *argv, "--out", tmp_path / "r/eval.json")
+    assert message in refused(evaluate.main, *argv, "--out", tmp_path / "r/eval.json")
     assert not (tmp_path / "r").exists()
 
 
 def test_an_option_without_tokens_and_a_foreign_script_are_refused(
-    llama, data, monkeypatch, capsys
+    llama, data, monkeypatch, refused
 ):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     argv = ["--model", llama, "--lang", "ne", "--data-dir", data, "--out", "/nowhere/e.json"]
@@ -747,15 +736,15 @@ def test_an_option_without_tokens_and_a_foreign_script_are_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(instruct, "split", nothing)
-        assert "an option is no token" in fails(capsys, *argv, "--tasks", "mcq")
+        assert "an option is no token" in refused(evaluate.main, *argv, "--tasks", "mcq")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(plain(tokenizer, "", TEXT[3])[1][0])
     monkeypatch.setattr(
         instruct, "load_tokenizer", lambda _: (AutoConfig.from_pretrained(llama), tokenizer)
     )
-    assert "of the tokens are <unk>" in fails(capsys, *argv, "--tasks", "bpb")
+    assert "of the tokens are <unk>" in refused(evaluate.main, *argv, "--tasks", "bpb")
 
 
-def test_models_that_are_not_causal_or_damaged_are_refused(capsys, llama, data, tmp_path):
+def test_models_that_are_not_causal_or_damaged_are_refused(capsys, refused, llama, data, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = BertConfig(vocab_size=400, intermediate_size=48, **sizes)
     with pytest.raises(SystemExit):
@@ -767,30 +756,32 @@ def test_models_that_are_not_causal_or_damaged_are_refused(capsys, llama, data, 
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
     broken.save_pretrained(tmp_path / "nan")
-    assert "not finite" in fails(capsys, *argv, "--model", tmp_path / "nan", "--device", "cpu")
+    assert "not finite" in refused(
+        evaluate.main, *argv, "--model", tmp_path / "nan", "--device", "cpu"
+    )
     shutil.copytree(llama, tmp_path / "misfit")
     config = (llama / "config.json").read_text()
     smaller = config.replace('"intermediate_size": 48', '"intermediate_size": 40')
     (tmp_path / "misfit/config.json").write_text(smaller)
-    assert "mismatch" in fails(capsys, *argv, "--model", tmp_path / "misfit")
+    assert "mismatch" in refused(evaluate.main, *argv, "--model", tmp_path / "misfit")
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     tokenizer.save_pretrained(tmp_path / "misfit")
-    assert "no such role" in fails(capsys, *argv, "--model", tmp_path / "misfit")
+    assert "no such role" in refused(evaluate.main, *argv, "--model", tmp_path / "misfit")
 
 
-def test_a_foreign_out_is_kept_and_one_process_writes_it(llama, data, tmp_path, capsys):
+def test_a_foreign_out_is_kept_and_one_process_writes_it(llama, data, tmp_path, refused):
     argv = ["--model", llama, "--lang", "ne", "--data-dir", data, "--tasks", "mcq", "--out"]
     (tmp_path / "mine.json").write_text("{}")
-    assert "no earlier run wrote it" in fails(capsys, *argv, tmp_path / "mine.json")
+    assert "no earlier run wrote it" in refused(evaluate.main, *argv, tmp_path / "mine.json")
     assert (tmp_path / "mine.json").read_text() == "{}"
-    assert "Is a directory" in fails(capsys, *argv, tmp_path)
+    assert "Is a directory" in refused(evaluate.main, *argv, tmp_path)
     with open(tmp_path / "e.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process writes" in fails(capsys, *argv, tmp_path / "e.json")
+        assert "another process writes" in refused(evaluate.main, *argv, tmp_path / "e.json")
 
 
-def test_damaged_items_and_a_full_disk_are_one_line(llama, data, tmp_path, capsys, monkeypatch):
+def test_damaged_items_and_a_full_disk_are_one_line(llama, data, tmp_path, refused, monkeypatch):
     out, items = tmp_path / "eval.json", tmp_path / "eval.items.jsonl"
     argv = ["--model", llama, "--lang", "ne", "--data-dir", data, "--tasks", "mcq", "--out", out]
     evaluate.main(list(map(str, argv)))
@@ -801,7 +792,7 @@ def test_damaged_items_and_a_full_disk_are_one_line(llama, data, tmp_path, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert "No space left on device" in fails(capsys, *argv)
+        assert "No space left on device" in refused(evaluate.main, *argv)
     assert out.read_bytes() == before
     items.write_text(items.read_text().replace('"task": "mcq"', '"task": mcq', 1))
-    assert "eval.items.jsonl is damaged" in fails(capsys, *argv)
+    assert "eval.items.jsonl is damaged" in refused(evaluate.main, *argv)

@@ -54,16 +54,6 @@ def commands(model, chats, text, evaluation, out):  # noqa: F811
     }
 
 
-def refused(capsys, main, argv):
-    """Run a stage, which must exit with 2. Return its one line of error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        main([str(a) for a in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert error.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
 def changed(model, folder, **change):
     """Return a copy of a model whose config.json has other values."""
     shutil.copytree(model, folder)
@@ -88,11 +78,11 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", some_fast(CONFIGS, 4))
-def test_bad_configs_end_every_stage(kind, olmo2, chats, text, evaluation, tmp_path, capsys):  # noqa: F811
+def test_bad_configs_end_every_stage(kind, olmo2, chats, text, evaluation, tmp_path, refused):  # noqa: F811
     change, message = CONFIGS[kind]
     model = changed(olmo2, tmp_path / "model", **change)
     for main, argv in commands(model, chats, text, evaluation, tmp_path).values():
-        assert message in refused(capsys, main, argv)
+        assert message in refused(main, *argv)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -115,12 +105,12 @@ def test_damaged_files_end_every_stage(
     text,
     evaluation,
     tmp_path,
-    capsys,  # noqa: F811
+    refused,  # noqa: F811
 ):
     model = changed(olmo2, tmp_path / "model")
     (model / file).write_text(content)
     for main, argv in commands(model, chats, text, evaluation, tmp_path).values():
-        assert FILES[file, content] in refused(capsys, main, argv)
+        assert FILES[file, content] in refused(main, *argv)
 
 
 def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
@@ -129,7 +119,7 @@ def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
     text,
     evaluation,
     tmp_path,
-    capsys,  # noqa: F811
+    refused,  # noqa: F811
 ):
     model = changed(olmo2, tmp_path / "model")
     words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<unk>": 3, "the": 4}
@@ -141,7 +131,8 @@ def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
     tokenizer.save_pretrained(model)
     found = commands(model, chats, text, evaluation, tmp_path)
     for name in ("score", "train", "evaluate"):
-        assert "% of the tokens are <unk>" in refused(capsys, *found[name])
+        main, argv = found[name]
+        assert "% of the tokens are <unk>" in refused(main, *argv)
 
 
 def test_the_end_of_text_is_not_unknown_where_one_token_is_both(olmo2):
@@ -167,7 +158,7 @@ def test_the_end_of_text_of_gemma_is_not_a_tag():
     assert models.end_of_text(tokenizer, files.fail) == ("<eos>", 1)
 
 
-def test_a_token_that_stands_in_no_text_needs_no_embedding(olmo2, text, tmp_path, capsys):
+def test_a_token_that_stands_in_no_text_needs_no_embedding(olmo2, text, tmp_path, refused):
     """As that for images in Gemma 3 1B. A token of the chat template needs one."""
     model = changed(olmo2, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
@@ -176,9 +167,8 @@ def test_a_token_that_stands_in_no_text_needs_no_embedding(olmo2, text, tmp_path
     assert len(models.load_skeleton(model, files.fail)[1]) == 401
     tokenizer.chat_template += "<image>"
     tokenizer.save_pretrained(model)
-    assert "401 tokens, but 400" in refused(
-        capsys, train.main, train_argv(model, text, tmp_path / "out")
-    )
+    argv = train_argv(model, text, tmp_path / "out")
+    assert "401 tokens, but 400" in refused(train.main, *argv)
 
 
 def test_a_tokenizer_without_end_of_text_ends_every_stage(
@@ -187,7 +177,7 @@ def test_a_tokenizer_without_end_of_text_ends_every_stage(
     text,
     evaluation,
     tmp_path,
-    capsys,  # noqa: F811
+    refused,  # noqa: F811
 ):
     model = changed(olmo2, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
@@ -197,9 +187,10 @@ def test_a_tokenizer_without_end_of_text_ends_every_stage(
         content = (model / name).read_text()
         (model / name).write_text(content.replace("<|endoftext|>", "<|other|>"))
     found = commands(model, text, text, evaluation, tmp_path)
-    assert "no end-of-text token" in refused(capsys, *found["score"])
-    assert "no end-of-text token" in refused(capsys, *found["train"])
-    assert "no BOS and no EOS token" in refused(capsys, *found["evaluate"])
+    missing = {"score": "end-of-text", "train": "end-of-text", "evaluate": "BOS and no EOS"}
+    for name, what in missing.items():
+        main, argv = found[name]
+        assert f"no {what} token" in refused(main, *argv)
 
 
 GENERATION = [
@@ -232,11 +223,11 @@ def test_a_model_without_generation_config_stays_without(olmo2, text, tmp_path):
     assert names == {path.name for path in model.iterdir()} | {"README.md"}
 
 
-def test_a_template_that_writes_nothing(olmo2, evaluation, tmp_path, capsys):  # noqa: F811
+def test_a_template_that_writes_nothing(olmo2, evaluation, tmp_path, refused):  # noqa: F811
     model = changed(olmo2, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{# nothing #}")
     argv = evaluate_argv(model, evaluation, tmp_path / "eval.json")
-    assert "writes nothing" in refused(capsys, evaluate.main, argv)
+    assert "writes nothing" in refused(evaluate.main, *argv)
 
 
 LINES = {
@@ -258,7 +249,7 @@ def test_other_formats_are_named_by_every_reader(
     text,
     evaluation,
     tmp_path,
-    capsys,  # noqa: F811
+    refused,  # noqa: F811
 ):
     data = tmp_path / "data.jsonl"
     data.write_bytes(content)
@@ -269,7 +260,7 @@ def test_other_formats_are_named_by_every_reader(
         commands(olmo2, chats, data, evaluation, tmp_path)["train"],
         commands(olmo2, chats, text, folder, tmp_path)["evaluate"],
     ):
-        line = refused(capsys, main, argv)
+        line = refused(main, *argv)
         assert LINES[content] in line and "damaged" not in line
     with pytest.raises(ValueError, match=LINES[content]):
         parse(content.split(b"\n")[0])
@@ -292,13 +283,13 @@ def test_a_byte_order_mark_is_not_text(olmo2, tmp_path):
     assert found["plain"] == found["marked"]
 
 
-def test_chats_of_parts_are_refused_as_held_out_text(olmo2, text, tmp_path, capsys):
+def test_chats_of_parts_are_refused_as_held_out_text(olmo2, text, tmp_path, refused):
     """A template would write the list as Python does."""
     parts = [{"type": "text", "text": "a"}]
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
     held_out = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
     argv = [*train_argv(olmo2, text, tmp_path / "out"), "--source-eval", held_out]
-    assert "row 1 has no usable" in refused(capsys, train.main, argv)
+    assert "row 1 has no usable" in refused(train.main, *argv)
 
 
 NUMBERS = {

@@ -223,16 +223,6 @@ def test_a_judge_is_loaded_when_the_model_is_freed(bench, seen):
     assert f"{user}do_anything_now adversarial 1{end}{assistant}" in texts["llama"]
 
 
-def refused(argv, capsys):
-    """Return the one line that chat_eval.py ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        chat_eval.main(argv)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    return line
-
-
 def rewrite(path, change):
     """Change the rows of a file in place, by a function of their list."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -256,25 +246,25 @@ def with_turns(turns):
     ],
 )
 def test_data_that_cannot_be_asked_is_refused_first(
-    name, change, message, bench, capsys, monkeypatch
+    name, change, message, bench, refused, monkeypatch
 ):
     rewrite(bench / f"en/{name}.jsonl", change)
     monkeypatch.setattr(judged, "check_access", None)  # nothing later is reached
-    assert message in refused(command(bench), capsys)
+    assert message in refused(chat_eval.main, *command(bench))
 
 
-def test_judges_that_cannot_be_had_are_refused_before_a_download(bench, capsys, monkeypatch):
+def test_judges_that_cannot_be_had_are_refused_before_a_download(bench, refused, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     REQUESTS.clear()
-    line = refused(command(bench), capsys)
+    line = refused(chat_eval.main, *command(bench))
     assert "did not give allenai/wildguard: accept its terms on its page and set HF_TOKEN" in line
     assert "choose another --t3-judge" in line
-    line = refused(command(bench, "--mtb-judge", "someone/else"), capsys)
+    line = refused(chat_eval.main, *command(bench, "--mtb-judge", "someone/else"))
     assert "did not give someone/else: " in line and "--mtb-judge" in line
     assert not any("/resolve/" in path for _, path, _ in REQUESTS)
     guard = bench / "guard"
     shutil.copytree(HUB / "models" / judged.JUDGES["t3"], guard)
-    line = refused(command(bench, "--mtb-judge", guard, tasks="mtb"), capsys)
+    line = refused(chat_eval.main, *command(bench, "--mtb-judge", guard, tasks="mtb"))
     assert f"--mtb-judge {guard} has no chat template" in line
 
 
@@ -287,13 +277,13 @@ def test_judges_that_cannot_be_had_are_refused_before_a_download(bench, capsys, 
     ],
 )
 def test_what_exceeds_a_context_is_refused_before_a_model_is_loaded(
-    tasks, options, message, bench, capsys, monkeypatch
+    tasks, options, message, bench, refused, monkeypatch
 ):
     monkeypatch.setattr(judged, "ANSWER_TOKENS", {"mtb": 1024, "t3": 512})
     names = {"model": bench / "model", "short": bench / "short"}
     tiny_model(names["short"], max_position_embeddings=24)
     options = [option.format(**names) for option in options]
-    line = refused(command(bench, *options, tasks=tasks), capsys)
+    line = refused(chat_eval.main, *command(bench, *options, tasks=tasks))
     before, after = message.format("{}", **names).split("{}")
     assert before in line and after in line and not list(bench.glob("chat.items*"))
 

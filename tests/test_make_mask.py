@@ -9,7 +9,15 @@ import sys
 
 import pytest
 import torch
-from conftest import MODELS, ROOT, SIZES, forked, limit_file_size, tiny_model, tiny_tokenizer
+from conftest import (
+    MODELS,
+    ROOT,
+    SIZES,
+    forked,
+    limit_file_size,
+    tiny_model,
+    tiny_tokenizer,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
@@ -56,16 +64,6 @@ def scores(olmo2, tmp_path_factory):
 def masks_of(out, *argv):
     make_mask.main(["--out", str(out), *map(str, argv)])
     return load_file(out)
-
-
-def refused(capsys, *argv):
-    """Return the one line of the error with which make_mask.py ends, with exit code 2."""
-    with pytest.raises(SystemExit) as error:
-        make_mask.main([str(a) for a in argv])
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line.startswith("make_mask.py: error:")]
-    assert error.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 # Masks of scores
@@ -271,35 +269,37 @@ def test_a_template_without_a_system_turn():
 # What is refused
 
 
-def test_which_arguments_belong_together(olmo2, scores, tmp_path, capsys):
+def test_which_arguments_belong_together(olmo2, scores, tmp_path, refused):
     out = ["--out", tmp_path / "m"]
     hft = ["--method", "hft", "--model", olmo2]
     s2ft = ["--method", "s2ft-down-output", "--model", olmo2]
-    assert "unclear" in refused(capsys, *out)
-    assert "unclear" in refused(capsys, *out, "--scores", scores, *hft)
-    assert "unclear" in refused(capsys, *out, "--method", "hft")
-    assert "Remove --freeze" in refused(capsys, *out, *hft, "--freeze", "lowest")
-    assert "no column of any down_proj" in refused(capsys, *out, *s2ft)  # 1.5% of 48 channels
-    assert "cannot be read" in refused(capsys, *out, "--method", "hft", "--model", "./nowhere")
+    assert "unclear" in refused(make_mask.main, *out)
+    assert "unclear" in refused(make_mask.main, *out, "--scores", scores, *hft)
+    assert "unclear" in refused(make_mask.main, *out, "--method", "hft")
+    assert "Remove --freeze" in refused(make_mask.main, *out, *hft, "--freeze", "lowest")
+    # 1.5% of 48 channels
+    assert "no column of any down_proj" in refused(make_mask.main, *out, *s2ft)
+    hft = ["--method", "hft", "--model", "./nowhere"]
+    assert "cannot be read" in refused(make_mask.main, *out, *hft)
     for ratio in ("-0.1", "1.01", "nan"):
-        assert "--ratio" in refused(capsys, *out, "--scores", scores, "--ratio", ratio)
+        assert "--ratio" in refused(make_mask.main, *out, "--scores", scores, "--ratio", ratio)
     assert not (tmp_path / "m").exists()
 
 
-def test_s2ft_of_a_model_without_down_proj(tmp_path, capsys):
+def test_s2ft_of_a_model_without_down_proj(tmp_path, refused):
     GPTNeoXConfig(**SIZES, vocab_size=400).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     argv = ["--method", "s2ft-down", "--model", tmp_path / "model", "--out", tmp_path / "m"]
-    assert "trains down_proj, which gpt_neox lacks" in refused(capsys, *argv)
+    assert "trains down_proj, which gpt_neox lacks" in refused(make_mask.main, *argv)
 
 
-def test_chat_tokens_of_a_model_without_a_template(olmo2, tmp_path, capsys):
+def test_chat_tokens_of_a_model_without_a_template(olmo2, tmp_path, refused):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     AutoModelForCausalLM.from_pretrained(olmo2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     argv = ["--method", "hft", "--model", tmp_path / "model", "--out", tmp_path / "m"]
-    assert "chat template is missing" in refused(capsys, *argv, "--freeze-chat-tokens")
+    assert "chat template is missing" in refused(make_mask.main, *argv, "--freeze-chat-tokens")
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_chat_tokens_of_a_model_without_a_template(olmo2, tmp_path, capsys):
         ({"shapes": "{"}, "cannot be read"),
     ],
 )
-def test_scores_with_a_wrong_header(changes, message, olmo2, tmp_path, capsys):
+def test_scores_with_a_wrong_header(changes, message, olmo2, tmp_path, refused):
     path = write_scores(tmp_path / "scores", olmo2, changes=changes)
-    line = refused(capsys, "--scores", path, "--out", tmp_path / "m")
+    line = refused(make_mask.main, "--scores", path, "--out", tmp_path / "m")
     assert message in line and "again with score.py" in line and not (tmp_path / "m").exists()
 
 
-def test_scores_that_are_damaged_or_lack_their_digest(scores, tmp_path, capsys):
+def test_scores_that_are_damaged_or_lack_their_digest(scores, tmp_path, refused):
     whole = scores.read_bytes()
     flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     for content in (whole[:-100], b"hello", flipped, None):
@@ -328,21 +328,22 @@ def test_scores_that_are_damaged_or_lack_their_digest(scores, tmp_path, capsys):
         path.unlink(missing_ok=True)
         if content:
             path.write_bytes(content)
-        assert "cannot be read" in refused(capsys, "--scores", path, "--out", tmp_path / "m")
+        argv = ["--scores", path, "--out", tmp_path / "m"]
+        assert "cannot be read" in refused(make_mask.main, *argv)
     metadata = metadata_of(scores)
     metadata.pop("tensors_sha256")
     save_file(load_file(scores), tmp_path / "old", metadata)
-    assert "tensors_sha256" in refused(
-        capsys, "--scores", tmp_path / "old", "--out", tmp_path / "m"
-    )
+    argv = ["--scores", tmp_path / "old", "--out", tmp_path / "m"]
+    assert "tensors_sha256" in refused(make_mask.main, *argv)
     assert not (tmp_path / "m").exists()
 
 
-def test_only_masks_are_overwritten(scores, tmp_path, capsys):
+def test_only_masks_are_overwritten(scores, tmp_path, refused):
     (tmp_path / "text").write_text("hello")
     for out in (scores, tmp_path / "text", tmp_path):
-        assert "is not a mask" in refused(capsys, "--scores", scores, "--out", out)
-    assert "cannot be written" in refused(capsys, "--scores", scores, "--out", tmp_path / "text/m")
+        assert "is not a mask" in refused(make_mask.main, "--scores", scores, "--out", out)
+    argv = ["--scores", scores, "--out", tmp_path / "text/m"]
+    assert "cannot be written" in refused(make_mask.main, *argv)
     assert (tmp_path / "text").read_text() == "hello"
     first = masks_of(tmp_path / "m", "--scores", scores, "--ratio", 0)
     second = masks_of(tmp_path / "m", "--scores", scores, "--ratio", 1)

@@ -22,7 +22,7 @@ def read_all(folder):
     return found
 
 
-def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
+def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, refused):
     argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path)]
     prepare_paper.main(argv)
     data = read_all(tmp_path)
@@ -60,24 +60,18 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
     assert not REQUESTS
 
-    def refused(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            prepare_paper.main(argv)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2
-        return line
-
+    gated = [*argv, "--flores", "gated"]
     with monkeypatch.context() as patch:
         patch.setitem(prepare_paper.LANGUAGES, "ig", {"name": "Igbo", "flores": "ibo_Latn"})
-        assert "no ['belebele', 'global_mmlu', 'xlsum'] for ig" in refused(*argv)
-    assert "holds the other FLORES+" in refused(*argv, "--flores", "gated")
+        line = refused(prepare_paper.main, *argv)
+        assert "no ['belebele', 'global_mmlu', 'xlsum'] for ig" in line
+    assert "holds the other FLORES+" in refused(prepare_paper.main, *gated)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
     shutil.rmtree(tmp_path / "ig")
-    line = refused(*argv, "--flores", "gated")
+    line = refused(prepare_paper.main, *gated)
     assert "flores_plus" in line and "HF_TOKEN" in line
     monkeypatch.setenv("HF_TOKEN", "let-me-in")
-    prepare_paper.main([*argv, "--flores", "gated"])
+    prepare_paper.main(gated)
     data = read_all(tmp_path)
     assert data["ig/flores.dev"][7] == {
         "id": 7,
@@ -87,31 +81,30 @@ def test_paper_sets_become_files(paper_sets, tmp_path, monkeypatch, capsys):
     assert [row["id"] for row in data["ig/flores.devtest"]] == drawn
 
 
-def test_the_safety_suite_is_written_whole_or_not_at_all(paper_sets, tmp_path, monkeypatch, capsys):
+def test_the_safety_suite_is_written_whole_or_not_at_all(
+    paper_sets, tmp_path, monkeypatch, refused
+):
     argv = ["ig", "--model", "someone/tiny", "--out", str(tmp_path / "data")]
     prepare_paper.main(argv)
     clone = tmp_path / "clone"
     put_safety(paper_sets, clone, monkeypatch)
     argv += ["--safety-eval", str(clone)]
 
-    def refused():
-        capsys.readouterr()
+    def refused_first():
         REQUESTS.clear()
-        with pytest.raises(SystemExit) as stopped:
-            prepare_paper.main(argv)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2 and not (tmp_path / "data/en/t3.jsonl").exists()
+        line = refused(prepare_paper.main, *argv)
+        assert not (tmp_path / "data/en/t3.jsonl").exists()
         assert not any("/resolve/" in path for _, path, _ in REQUESTS)
         return line
 
-    assert "did not give allenai/wildguardmix" in refused()
+    assert "did not give allenai/wildguardmix" in refused_first()
     monkeypatch.setenv("HF_TOKEN", "let-me-in")
     file = clone / "evaluation/tasks/generation/wildjailbreak/benign.jsonl"
     text = file.read_text()
     file.write_text(text + "\n")
-    assert "benign.jsonl is not the file this was written for" in refused()
+    assert "benign.jsonl is not the file this was written for" in refused_first()
     file.unlink()
-    assert "must be a clone of" in (line := refused()) and "benign.jsonl is missing" in line
+    assert "must be a clone of" in (line := refused_first()) and "benign.jsonl is missing" in line
     file.write_text(text)
     prepare_paper.main(argv)
     rows = read_all(tmp_path / "data")["en/t3"]

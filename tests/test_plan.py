@@ -236,12 +236,10 @@ def test_the_table_of_eight_gpus_has_a_column_more(olmo2_7b, capsys):
 
 
 @pytest.mark.parametrize("more", [["--gpus", "8"], ["--precision", "bf16"]], ids=" ".join)
-def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, capsys):
+def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, refused):
     argv = ["--check", "--model", str(olmo2), "--optimizer", "adamw8bit"]
     assert plan.main(argv) == 0
-    with pytest.raises(SystemExit):
-        plan.main([*argv, *more])
-    assert "needs one GPU and bf16-true" in capsys.readouterr().err
+    assert "needs one GPU and bf16-true" in refused(plan.main, *argv, *more)
 
 
 @pytest.mark.parametrize(
@@ -255,10 +253,8 @@ def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_a_training_would_refuse_is_refused_first(more, message, olmo2, capsys):
-    with pytest.raises(SystemExit):
-        plan.main(["--check", "--model", str(olmo2), *more])
-    assert message in capsys.readouterr().err
+def test_what_a_training_would_refuse_is_refused_first(more, message, olmo2, refused):
+    assert message in refused(plan.main, "--check", "--model", olmo2, *more)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=1, n_embd=32, n_head=2), OPTConfig()])
@@ -268,7 +264,7 @@ def test_memory_of_an_unknown_architecture_is_not_counted(config, tmp_path, caps
     assert f"memory: not counted for {config.model_type}" in capsys.readouterr().out
 
 
-def test_experts_are_refused_before_other_methods_train(tmp_path, capsys):
+def test_experts_are_refused_before_other_methods_train(tmp_path, refused):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=4, num_local_experts=2, vocab_size=400)
     MixtralConfig(**sizes).save_pretrained(tmp_path)
@@ -276,9 +272,7 @@ def test_experts_are_refused_before_other_methods_train(tmp_path, capsys):
     argv = [*map(str, argv), "--calibration", "file", "--profile", "embedded"]
     argv += ["--tasks", "bpb", "--methods", "fft"]
     assert plan.main(argv) == 0
-    with pytest.raises(SystemExit):
-        plan.main([*argv, "ssu-wanda"])
-    assert "cannot be scored" in capsys.readouterr().err
+    assert "cannot be scored" in refused(plan.main, *argv, "ssu-wanda")
 
 
 def put_glotlid_file():

@@ -349,39 +349,30 @@ def test_rule_5_questions_are_on_one_side(out):
 # ---- bad input ----
 
 
-def test_two_at_once_are_refused(out, capsys):
-    with prepare.locked(out), pytest.raises(SystemExit) as stopped:
-        prepare.main(["--out", str(out)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "another prepare_embedded.py" in line
+def test_two_at_once_are_refused(out, refused):
+    with prepare.locked(out):
+        line = refused(prepare.main, "--out", out)
+    assert "another prepare_embedded.py" in line
 
 
 @pytest.mark.parametrize("module", [prepare, ntrex])
-def test_unknown_language(module, tmp_path, capsys):
-    argv = ["--lang", "xx", "--out", str(tmp_path / "new")]
-    with pytest.raises(SystemExit) as stop:
-        module.main(([str(tmp_path)] if module is ntrex else []) + argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+def test_unknown_language(module, tmp_path, refused):
+    repo = [tmp_path] if module is ntrex else []
+    error = refused(module.main, *repo, "--lang", "xx", "--out", tmp_path / "new")
     assert "'xx'" in error and "ne ky am ha ig" in error
     assert not (tmp_path / "new").exists()
 
 
-def test_missing_package_names_the_command(tmp_path, capsys, monkeypatch):
+def test_missing_package_names_the_command(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(prepare, "PACKAGES", ["no-such-package-here"])
-    with pytest.raises(SystemExit) as stop:
-        prepare.main(["--out", str(tmp_path / "new")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+    error = refused(prepare.main, "--out", tmp_path / "new")
     assert ". ./setup.sh requirements.txt data/requirements.txt" in error
     assert not (tmp_path / "new").exists()
 
 
-def test_folder_that_cannot_be_written(tmp_path, capsys):
+def test_folder_that_cannot_be_written(tmp_path, refused):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as stop:
-        prepare.main(["--out", str(tmp_path / "file"), "--lang", "ig"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    refused(prepare.main, "--out", tmp_path / "file", "--lang", "ig")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -464,13 +455,12 @@ def test_ntrex_layout(out, tmp_path):
     assert "Babel" in listing["files"]["ne/mmlu.test.jsonl"]["sources"][0]
 
 
-def test_ntrex_overwrites_no_foreign_file(out, tmp_path, capsys):
+def test_ntrex_overwrites_no_foreign_file(out, tmp_path, refused):
     repo, made = tiny_ntrex(tmp_path / "NTREX"), tmp_path / "made"
     (made / "ne").mkdir(parents=True)
     (made / "ne/heldout.jsonl").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        ntrex.main([str(repo), "--out", str(made), "--embedded", str(out), "--lang", "ne"])
-    assert stop.value.code == 2 and "not from here" in capsys.readouterr().err
+    argv = [repo, "--out", made, "--embedded", out, "--lang", "ne"]
+    assert "not from here" in refused(ntrex.main, *argv)
     assert [path.name for path in made.rglob("*.jsonl")] == ["heldout.jsonl"]
 
 
@@ -485,7 +475,7 @@ def test_ntrex_overwrites_no_foreign_file(out, tmp_path, capsys):
         ("no embedded data", "prepare_embedded.py first"),
     ],
 )
-def test_ntrex_refusals(out, tmp_path, capsys, damage, named):
+def test_ntrex_refusals(out, tmp_path, refused, damage, named):
     repo = tiny_ntrex(tmp_path / "NTREX", 24 if damage == "few documents" else 30)
     victim = repo / "NTREX-128" / "newstest2019-ref.nep.txt"
     lines = victim.read_text().splitlines()
@@ -498,20 +488,8 @@ def test_ntrex_refusals(out, tmp_path, capsys, damage, named):
     if damage == "no repo":
         repo = tmp_path / "nowhere"
     embedded = tmp_path / "nothing" if damage == "no embedded data" else out
-    with pytest.raises(SystemExit) as stop:
-        ntrex.main(
-            [
-                str(repo),
-                "--out",
-                str(tmp_path / "made"),
-                "--embedded",
-                str(embedded),
-                "--lang",
-                "ne",
-            ]
-        )
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and named in error
+    argv = [repo, "--out", tmp_path / "made", "--embedded", embedded, "--lang", "ne"]
+    assert named in refused(ntrex.main, *argv)
     assert not (tmp_path / "made").exists()
 
 

@@ -89,16 +89,6 @@ def rows(figure):
     return panels
 
 
-def fails(capsys, *argv):
-    """Return the one line of the error with which report.py ends, with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        report.main([str(a) for a in argv])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    return line
-
-
 # Tables
 
 
@@ -192,18 +182,18 @@ def test_masks_are_compared_in_the_report(tmp_path):
 
 
 @pytest.mark.usefixtures("tables_only")
-def test_masks_that_are_damaged_or_of_another_model(tmp_path, capsys):
+def test_masks_that_are_damaged_or_of_another_model(tmp_path, refused):
     masks = {"a.weight": torch.ones(1, 2, dtype=torch.uint8)}
     for method in ("source", "ssu-wanda", "hft"):
         evaluation(tmp_path, method, 1.0, 2.0, 20.0)
         write_mask(tmp_path, method, masks)
     report.main([str(tmp_path)])
     write_mask(tmp_path, "hft", masks, model="other")
-    assert "not of the same model" in fails(capsys, tmp_path)
+    assert "not of the same model" in refused(report.main, tmp_path)
     write_mask(tmp_path, "hft", masks, tensors_sha256="0" * 64)
-    assert "hft/mask.safetensors cannot be read (damaged" in fails(capsys, tmp_path)
+    assert "hft/mask.safetensors cannot be read (damaged" in refused(report.main, tmp_path)
     (tmp_path / "hft/mask.safetensors").write_bytes(b"cut")
-    assert "Make it again with make_mask.py" in fails(capsys, tmp_path)
+    assert "Make it again with make_mask.py" in refused(report.main, tmp_path)
 
 
 # Pictures
@@ -267,7 +257,7 @@ def test_ratio_has_a_line_for_each_method_with_three_ratios(tmp_path):
     assert method_and_ratio("mine@seed43") == ("mine@seed43", 0.5)
 
 
-def test_forgetting_shows_both_losses_over_tokens(tmp_path, capsys):
+def test_forgetting_shows_both_losses_over_tokens(tmp_path, refused):
     log = [{"settings": {}}, {"step": 0, "source_loss": 3, "target_loss": 4}]
     log += [{"step": 1, "tokens": 64, "loss": 2}]
     log += [{"step": 2, "tokens": 128, "source_loss": 3.5, "target_loss": 2}, {"summary": {}}]
@@ -279,7 +269,7 @@ def test_forgetting_shows_both_losses_over_tokens(tmp_path, capsys):
     assert english == {"FFT": [[0, 3], [128, 3.5]]} and nepali == {"FFT": [[0, 4], [128, 2]]}
     for damage in ('{"step": ', "[]\n1\n"):
         path.write_text(damage)
-        assert "fft/train.jsonl cannot be read" in fails(capsys, tmp_path)
+        assert "fft/train.jsonl cannot be read" in refused(report.main, tmp_path)
 
 
 @pytest.mark.slow
@@ -333,7 +323,7 @@ def whole_table_2(folder, method, model, numbers, judge="a judge", seed=42):
 
 
 @pytest.mark.usefixtures("tables_only")
-def test_table_2_has_thirteen_columns_and_the_papers_numbers_below_ours(tmp_path, capsys):
+def test_table_2_has_thirteen_columns_and_the_papers_numbers_below_ours(tmp_path, refused):
     base = [0.5, 30, 4, 0.8, 0.8, 30, 20, 0.9, 0.6, 20, 20, 0.3, 0.3]
     ours = [0.4, 15, 3, 0.6, None, 45, 20, 0.9, 0.6, 30, 20, 0.3, 0.3]
     whole_table_2(tmp_path, "source", "allenai/OLMo-2-1124-7B-Instruct", base)
@@ -353,7 +343,7 @@ def test_table_2_has_thirteen_columns_and_the_papers_numbers_below_ours(tmp_path
     text = (tmp_path / "report.md").read_text()
     assert "MTB by a judge, of which at most 2.0%" in text and "MMLU ne 7" in text
     whole_table_2(tmp_path, "mine", "runs/mine/model", ours, judge="another judge")
-    assert "judge of mtb is {'name': 'another judge'}" in fails(capsys, tmp_path)
+    assert "judge of mtb is {'name': 'another judge'}" in refused(report.main, tmp_path)
 
 
 @pytest.mark.usefixtures("tables_only")
@@ -446,7 +436,7 @@ def test_statements_reach_over_folders_of_run_directories(tmp_path):
     assert "| -4.2, -4.0 " in row and "agrees" in row  # the paper's 128 examples, and its 500
 
 
-def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, capsys):
+def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(report.page, "ROOT", tmp_path)
     for seed in (1, 2):
         run = tmp_path / f"results/embedded-ne/{seed}"
@@ -497,13 +487,13 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, c
     assert path.read_text() == made
     assert (tmp_path / "results/embedded-ne/kept.png").read_bytes() == picture
     evaluation(more.with_name("2"), "source", 1.01, 2.0, 20.0, tasks=["bpb"], seed=2)
-    assert "embedded-bpb-ne/2: Source differs" in fails(capsys, "--page", path)
+    assert "embedded-bpb-ne/2: Source differs" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tables -->\n<!-- end -->\n")
-    assert "names no table" in fails(capsys, "--page", path)
+    assert "names no table" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tables x -->\n")
-    assert "needs comments" in fails(capsys, "--page", path)
+    assert "needs comments" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tabels results/embedded-ne/1 -->\n<!-- end -->\n")
-    assert "names no table" in fails(capsys, "--page", path)
+    assert "names no table" in refused(report.main, "--page", path)
 
 
 @pytest.mark.slow
@@ -523,35 +513,37 @@ def test_the_results_of_this_repository_are_made_from_its_evaluations(tmp_path, 
 
 
 @pytest.mark.usefixtures("tables_only")
-def test_what_cannot_be_compared(tmp_path, capsys):
-    assert "source/eval.json is missing" in fails(capsys, tmp_path)
+def test_what_cannot_be_compared(tmp_path, refused):
+    assert "source/eval.json is missing" in refused(report.main, tmp_path)
     evaluation(tmp_path, "source", 1.0, 1.0, 1.0)
-    assert "ftt/eval.json is missing" in fails(capsys, tmp_path, "--methods", "ftt")
+    assert "ftt/eval.json is missing" in refused(report.main, tmp_path, "--methods", "ftt")
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, num_samples=3)
-    assert "num_samples is 3, and None" in fails(capsys, tmp_path)
+    assert "num_samples is 3, and None" in refused(report.main, tmp_path)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, seed=3)
-    assert "seed is 3, and 42" in fails(capsys, tmp_path)
+    assert "seed is 3, and 42" in refused(report.main, tmp_path)
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0)
     evaluation(tmp_path / "other", "source", 1.0, 1.0, 1.0, tasks=["bpb"])
-    assert "tasks is ['bpb']" in fails(capsys, tmp_path, tmp_path / "other")
+    assert "tasks is ['bpb']" in refused(report.main, tmp_path, tmp_path / "other")
     content = evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0)
     for damaged in ({}, [], content | {"results": None}, content | {"version": 9}):
         (tmp_path / "ssu-mag/eval.json").write_text(json.dumps(damaged))
-        assert "ssu-mag/eval.json cannot be read" in fails(capsys, tmp_path)
+        assert "ssu-mag/eval.json cannot be read" in refused(report.main, tmp_path)
     assert not (tmp_path / "report.md").exists()
 
 
-def test_only_its_own_files_are_overwritten(tmp_path, capsys):
+def test_only_its_own_files_are_overwritten(tmp_path, refused):
     for method in ("source", "fft"):
         evaluation(tmp_path, method, 1.0, 2.0, 20.0)
     for name in ("kept.png", "report.md"):
         (tmp_path / name).write_text("mine")
-        assert f"{name} exists" in fails(capsys, tmp_path)
+        assert f"{name} exists" in refused(report.main, tmp_path)
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
     for _ in range(2):
         report.main([str(tmp_path)])
-    assert "report.py: error:" in fails(capsys, tmp_path, "--out", tmp_path / "source/eval.json")
+    assert "report.py: error:" in refused(
+        report.main, tmp_path, "--out", tmp_path / "source/eval.json"
+    )
 
 
 def test_interrupted(tmp_path, monkeypatch, capsys):

@@ -307,16 +307,6 @@ def test_equal_runs_give_equal_bytes_with_a_digest(olmo2, chats, tmp_path):
     assert json.loads(metadata["shapes"])["lm_head.weight"] == [400, 32]
 
 
-def refused(capsys, *argv):
-    """Run score.py, which must exit with 2. Return its one line of error."""
-    with pytest.raises(SystemExit) as error:
-        score.main([str(a) for a in argv])
-    assert error.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
 def save(model, folder):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -336,10 +326,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_layouts_that_cannot_be_scored_are_refused_by_name(message, chats, tmp_path, capsys):
+def test_layouts_that_cannot_be_scored_are_refused_by_name(message, chats, tmp_path, refused):
     folder, out = save(REFUSED[message](), tmp_path / "m"), tmp_path / "s"
     argv = ["--model", folder, "--data", chats, "--seq-len", 64, "--out", out]
-    assert message in refused(capsys, *argv) and not out.exists()
+    assert message in refused(score.main, *argv) and not out.exists()
 
 
 def test_other_vectors_are_ranked_by_their_size(chats, tmp_path):
@@ -382,16 +372,16 @@ BAD_TEXT = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEXT)
-def test_bad_calibration_data(kind, olmo2, tmp_path, capsys):
+def test_bad_calibration_data(kind, olmo2, tmp_path, refused):
     content, message = BAD_TEXT[kind]
     (tmp_path / "data.jsonl").write_bytes(content)
     argv = ["--model", olmo2, "--data", tmp_path / "data.jsonl", "--seq-len", 64]
-    line = refused(capsys, *argv, "--out", tmp_path / "o/s")
+    line = refused(score.main, *argv, "--out", tmp_path / "o/s")
     assert message in line and "data.jsonl" in line and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped", "not gzip"])
-def test_damaged_gzip_is_one_line(damage, olmo2, tmp_path, capsys):
+def test_damaged_gzip_is_one_line(damage, olmo2, tmp_path, refused):
     content = gzip.compress("".join(f'{{"text": "{i}"}}\n' for i in range(3000)).encode())
     middle = len(content) // 2
     (tmp_path / "d.jsonl.gz").write_bytes(
@@ -402,43 +392,45 @@ def test_damaged_gzip_is_one_line(damage, olmo2, tmp_path, capsys):
         }[damage]
     )
     argv = ["--model", olmo2, "--data", tmp_path / "d.jsonl.gz", "--seq-len", 64]
-    assert "d.jsonl.gz: cannot read line" in refused(capsys, *argv, "--out", tmp_path / "s")
+    assert "d.jsonl.gz: cannot read line" in refused(score.main, *argv, "--out", tmp_path / "s")
 
 
-def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, capsys):
+def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, refused):
     out = tmp_path / "s"
     argv = ["--model", olmo2, "--out", out]
     calibrated = [*argv, "--data", chats]
     no_model = ["--model", "./nowhere", "--data", chats, "--out", out]
-    assert "./nowhere" in refused(capsys, *no_model)
+    assert "./nowhere" in refused(score.main, *no_model)
     no_file = [*argv, "--data", tmp_path / "none.jsonl", "--seq-len", 64]
-    assert "none.jsonl" in refused(capsys, *no_file)
-    assert "invalid choice" in refused(capsys, *calibrated, "--method", "best")
+    assert "none.jsonl" in refused(score.main, *no_file)
+    assert "invalid choice" in refused(score.main, *calibrated, "--method", "best")
     for method in ("wanda", "sparsegpt", "fim"):
-        assert "needs calibration text" in refused(capsys, *argv, "--method", method)
-    assert "reads no text" in refused(capsys, *calibrated, "--method", "random")
-    assert "--adapted belongs to" in refused(capsys, *argv, "--method", "delta")
-    assert "--adapted belongs to" in refused(capsys, *calibrated, "--adapted", olmo2)
+        assert "needs calibration text" in refused(score.main, *argv, "--method", method)
+    assert "reads no text" in refused(score.main, *calibrated, "--method", "random")
+    assert "--adapted belongs to" in refused(score.main, *argv, "--method", "delta")
+    assert "--adapted belongs to" in refused(score.main, *calibrated, "--adapted", olmo2)
     for option, value in (("--seq-len", 1), ("--num-samples", 0), ("--batch-size", -1)):
-        assert "must be at least 1" in refused(capsys, *calibrated, option, value)
+        assert "must be at least 1" in refused(score.main, *calibrated, option, value)
     delta = [*argv, "--method", "delta", "--adapted"]
-    assert "./nowhere" in refused(capsys, *delta, "./nowhere")
-    assert "differ in their parameters" in refused(capsys, *delta, llama)
-    assert "scores are all 0" in refused(capsys, *delta, olmo2)
+    assert "./nowhere" in refused(score.main, *delta, "./nowhere")
+    assert "differ in their parameters" in refused(score.main, *delta, llama)
+    assert "scores are all 0" in refused(score.main, *delta, olmo2)
     sparsegpt = ["--out", out, "--data", chats, "--method", "sparsegpt"]
-    assert "scores all rows alike" in refused(capsys, "--model", qwen2, *sparsegpt)
-    assert "scores all rows alike" in refused(capsys, *sparsegpt, "--model", olmo2, "--axis", "row")
-    assert "model's 512 positions" in refused(capsys, *calibrated)
+    assert "scores all rows alike" in refused(score.main, "--model", qwen2, *sparsegpt)
+    assert "scores all rows alike" in refused(
+        score.main, *sparsegpt, "--model", olmo2, "--axis", "row"
+    )
+    assert "model's 512 positions" in refused(score.main, *calibrated)
     for device in ("gpu", "mps", "cuda:99"):
-        line = refused(capsys, *argv, "--method", "magnitude", "--device", device)
+        line = refused(score.main, *argv, "--method", "magnitude", "--device", device)
         assert "--device: invalid choice" in line
     (tmp_path / "file").write_text("")
     magnitude = ["--model", olmo2, "--method", "magnitude", "--out"]
-    assert "cannot be read or written" in refused(capsys, *magnitude, tmp_path / "file/s")
+    assert "cannot be read or written" in refused(score.main, *magnitude, tmp_path / "file/s")
     assert not out.exists()
 
 
-def test_only_scores_are_overwritten(olmo2, chats, tmp_path, capsys, monkeypatch):
+def test_only_scores_are_overwritten(olmo2, chats, tmp_path, refused, monkeypatch):
     """Not the calibration text or the model, whatever name they are called by."""
     monkeypatch.chdir(tmp_path)
     model, data = tmp_path / "model", tmp_path / "chats.jsonl"
@@ -447,7 +439,7 @@ def test_only_scores_are_overwritten(olmo2, chats, tmp_path, capsys, monkeypatch
     before = {path: path.read_bytes() for path in (model / "model.safetensors", data)}
     argv = ["--model", model, "--data", data, "--seq-len", 32, "--out"]
     for out in ("chats.jsonl", "model/../chats.jsonl", "model/model.safetensors", ".", "model"):
-        assert "is not a score file" in refused(capsys, *argv, out)
+        assert "is not a score file" in refused(score.main, *argv, out)
     assert {path: path.read_bytes() for path in before} == before
     first = run(olmo2, chats, tmp_path / "s", "--method", "random")
     second = run(olmo2, chats, tmp_path / "s", "--method", "magnitude")
@@ -455,7 +447,7 @@ def test_only_scores_are_overwritten(olmo2, chats, tmp_path, capsys, monkeypatch
 
 
 def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
-    olmo2, chats, tmp_path, capsys
+    olmo2, chats, tmp_path, refused
 ):
     argv = ["--data", chats, "--seq-len", 32, "--out", tmp_path / "s"]
 
@@ -465,15 +457,15 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
         (tmp_path / "m/config.json").write_text(json.dumps(config))
         return ["--model", tmp_path / "m", *argv]
 
-    assert "400 tokens, but 100 embeddings" in refused(capsys, *with_config(vocab_size=100))
-    assert "mismatch" in refused(capsys, *with_config(intermediate_size=40))
-    assert "hidden_size" in refused(capsys, *with_config(hidden_size="a"))
-    assert "modulo by zero" in refused(capsys, *with_config(num_attention_heads=0))
+    assert "400 tokens, but 100 embeddings" in refused(score.main, *with_config(vocab_size=100))
+    assert "mismatch" in refused(score.main, *with_config(intermediate_size=40))
+    assert "hidden_size" in refused(score.main, *with_config(hidden_size="a"))
+    assert "modulo by zero" in refused(score.main, *with_config(num_attention_heads=0))
     with_config()
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     tokenizer.save_pretrained(tmp_path / "m")
-    assert "no such role" in refused(capsys, "--model", tmp_path / "m", *argv)
+    assert "no such role" in refused(score.main, "--model", tmp_path / "m", *argv)
 
 
 def test_full_disk(olmo2, chats, tmp_path):
@@ -560,10 +552,10 @@ def test_a_vector_that_is_no_norm_weight_is_refused(capsys):
     assert "layer.weight of Squashed cannot be scored" in capsys.readouterr().err
 
 
-def test_layers_that_see_no_token_are_refused(chats, tmp_path, capsys):
+def test_layers_that_see_no_token_are_refused(chats, tmp_path, refused):
     """The head of ModernBERT's decoder has a matrix of its own, outside the base model."""
     sizes = SIZES | {"bos_token_id": 1}
     model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(vocab_size=400, **sizes))
     argv = ["--model", save(model, tmp_path / "m"), "--data", chats, "--seq-len", 64]
-    line = refused(capsys, *argv, "--out", tmp_path / "s")
+    line = refused(score.main, *argv, "--out", tmp_path / "s")
     assert "lm_head.dense.weight" in line and "received no calibration tokens" in line

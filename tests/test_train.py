@@ -427,7 +427,7 @@ def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(
 
 
 def test_methods_that_exclude_each_other_are_refused(
-    olmo2, mask, text, tmp_path, capsys, monkeypatch
+    olmo2, mask, text, tmp_path, refused, monkeypatch
 ):
     out = tmp_path / "out"
     for extra in (
@@ -436,7 +436,7 @@ def test_methods_that_exclude_each_other_are_refused(
         ["--gmt-ratio", "0", "--adalora"],
         ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"],
     ):
-        assert "choose one" in refused(capsys, *arguments(olmo2, text, out, *extra))
+        assert "choose one" in refused(train.main, *arguments(olmo2, text, out, *extra))
     for extra, message in (
         (["--adalora", "--save-every", "5"], "takes no --save-every"),
         (["--gmt-ratio", "1"], "below 1"),
@@ -444,10 +444,10 @@ def test_methods_that_exclude_each_other_are_refused(
         (["--adalora", "--resume"], "takes no --save-every"),
         (["--gmt-ratio", "nan"], "below 1"),
     ):
-        assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
+        assert message in refused(train.main, *arguments(olmo2, text, out, *extra))
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install peft" in refused(capsys, *arguments(olmo2, text, out, "--adalora"))
+    assert "pip install peft" in refused(train.main, *arguments(olmo2, text, out, "--adalora"))
     assert not out.exists()
 
 
@@ -798,16 +798,6 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, mo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "train.jsonl"]
 
 
-def refused(capsys, *argv):
-    """Runs train.py, which must exit with 2 and one line of error."""
-    with pytest.raises(SystemExit) as error:
-        train.main([str(a) for a in argv])
-    assert error.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "train.py: error" in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.fixture()
 def checkpointed(olmo2, text, tmp_path):
     """A folder with a checkpoint of step 10 of 20, as a killed run leaves it."""
@@ -821,7 +811,7 @@ def checkpointed(olmo2, text, tmp_path):
 
 
 def test_resume_under_other_settings_is_refused(
-    olmo2, llama, mask, text, tmp_path, checkpointed, capsys
+    olmo2, llama, mask, text, tmp_path, checkpointed, refused
 ):
     state = state_of(checkpointed)
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "entirely other text " * 40}])
@@ -834,32 +824,32 @@ def test_resume_under_other_settings_is_refused(
         (["--model", tiny_model(tmp_path / "m", "olmo2", seed=5)], "model was"),
         (["--steps", "30"], "steps was 20, is 30"),
     ]:
-        assert message in refused(capsys, *base, "--resume", *extra)
-    assert "Add --resume" in refused(capsys, *base)
+        assert message in refused(train.main, *base, "--resume", *extra)
+    assert "Add --resume" in refused(train.main, *base)
     assert all(torch.equal(value, state[name]) for name, value in state_of(checkpointed).items())
     train.main([*base, "--resume"])
-    assert "finished model" in refused(capsys, *base)
+    assert "finished model" in refused(train.main, *base)
 
 
-def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, capsys):
+def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, refused):
     base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
     folder = files.newest_checkpoint(checkpointed)
     (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
-    assert "is damaged" in refused(capsys, *base)
+    assert "is damaged" in refused(train.main, *base)
     shard.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
-    assert "is damaged" in refused(capsys, *base)
+    assert "is damaged" in refused(train.main, *base)
     shard.write_bytes(whole)
     (folder / "checkpoint.json").write_text("{")
-    assert "is damaged" in refused(capsys, *base)
+    assert "is damaged" in refused(train.main, *base)
 
 
-def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, capsys):
+def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, refused):
     (tmp_path / "out").mkdir()
     data = tmp_path / "out/train.jsonl"
     data.write_bytes(text.read_bytes())
-    assert "did not write" in refused(capsys, *arguments(olmo2, data, tmp_path / "out"))
+    assert "did not write" in refused(train.main, *arguments(olmo2, data, tmp_path / "out"))
     assert data.read_bytes() == text.read_bytes()
     notes = tmp_path / "other/checkpoint/notes.txt"
     notes.parent.mkdir(parents=True)
@@ -868,10 +858,10 @@ def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, capsys):
     assert notes.read_text() == "mine" and not list(notes.parent.glob("step-*"))
 
 
-def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, capsys):
+def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, refused):
     (tmp_path / "out").mkdir()
     with files.locked(tmp_path / "out", False):
-        assert "another train.py" in refused(capsys, *arguments(olmo2, text, tmp_path / "out"))
+        assert "another train.py" in refused(train.main, *arguments(olmo2, text, tmp_path / "out"))
 
 
 def test_a_log_that_is_gone_does_not_stand_in_the_way(olmo2, text, checkpointed):
@@ -887,8 +877,10 @@ def test_a_log_line_that_a_kill_cut_does_not_stand_in_the_way(olmo2, text, check
     assert [line["step"] for line in log_of(checkpointed)[1:-1]] == list(range(21))
 
 
-def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
-    assert "no checkpoint" in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--resume"))
+def test_nothing_to_resume(olmo2, text, tmp_path, refused):
+    assert "no checkpoint" in refused(
+        train.main, *arguments(olmo2, text, tmp_path / "out", "--resume")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -906,17 +898,17 @@ def test_nothing_to_resume(olmo2, text, tmp_path, capsys):
         ("[" * 100_000 + "\n", "row 1 is not JSON"),
     ],
 )
-def test_bad_training_text(content, message, olmo2, tmp_path, capsys):
+def test_bad_training_text(content, message, olmo2, tmp_path, refused):
     data = tmp_path / "data.jsonl"
     if content is not None:
         data.write_bytes(content.encode(errors="surrogateescape"))
-    assert message in refused(capsys, *arguments(olmo2, data, tmp_path / "run/out"))
+    assert message in refused(train.main, *arguments(olmo2, data, tmp_path / "run/out"))
     assert [
         path for path in tmp_path.rglob("*") if path.is_file() and path != data
     ] == []  # nothing was written
 
 
-def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, capsys):
+def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, refused):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": "Hello"}])
     archive = tmp_path / "a.jsonl.gz"
     archive.write_bytes(b"no gzip")
@@ -930,52 +922,48 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, c
         (["--device", "gpu"], "invalid choice"),
         (["--seq-len", "1024"], "takes at most 512 tokens"),
     ):
-        assert message in refused(capsys, *arguments(olmo2, text, out, *extra))
+        assert message in refused(train.main, *arguments(olmo2, text, out, *extra))
     assert not out.exists()
 
 
-def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp_path, capsys):
+def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp_path, refused):
     def refused_with(*more, **change):
         shutil.copytree(olmo2, tmp_path / "m", dirs_exist_ok=True)
         config = json.loads((olmo2 / "config.json").read_text()) | change
         (tmp_path / "m/config.json").write_text(json.dumps(config))
-        return refused(capsys, *arguments(tmp_path / "m", text, tmp_path / "out", *more))
+        return refused(train.main, *arguments(tmp_path / "m", text, tmp_path / "out", *more))
 
     assert "mismatch" in refused_with(intermediate_size=40)
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     tokenizer.save_pretrained(tmp_path / "m")
     assert "no such role" in refused(
-        capsys, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
+        train.main, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
     )
     (tmp_path / "m/chat_template.jinja").unlink()
     assert "no chat template" in refused(
-        capsys, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
+        train.main, *arguments(tmp_path / "m", text, tmp_path / "out", "--source-eval", chats)
     )
 
 
-def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, capsys):
+def test_incomplete_or_pickled_model_files_are_refused(text, tmp_path, refused):
     """A tensor that the files lack would be random; a pickle is never read."""
     model = tiny_model(tmp_path / "m", "olmo2")
+    name = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(model / "model.safetensors")
-    missing = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    missing = tensors.pop(name)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert "lack ['model.layers.0.mlp.up_proj.weight']" in refused(
-        capsys, *arguments(model, text, tmp_path / "out")
-    )
-    argv = ["--model", str(model), "--method", "magnitude", "--out", str(tmp_path / "scores")]
-    for main, more in ((score.main, argv),):
-        with pytest.raises(SystemExit):
-            main(more)
-    assert "lack ['model.layers.0.mlp.up_proj.weight']" in capsys.readouterr().err
+    stages = {
+        train.main: arguments(model, text, tmp_path / "out"),
+        score.main: ["--model", model, "--method", "magnitude", "--out", tmp_path / "scores"],
+    }
+    for main, argv in stages.items():
+        assert f"lack ['{name}']" in refused(main, *argv)
     (model / "model.safetensors").unlink()
-    torch.save(
-        tensors | {"model.layers.0.mlp.up_proj.weight": missing}, model / "pytorch_model.bin"
-    )
-    assert "safetensors" in refused(capsys, *arguments(model, text, tmp_path / "out"))
-    with pytest.raises(SystemExit):
-        score.main(argv)
-    assert "safetensors" in capsys.readouterr().err and not (tmp_path / "scores").exists()
+    torch.save(tensors | {name: missing}, model / "pytorch_model.bin")
+    for main, argv in stages.items():
+        assert "safetensors" in refused(main, *argv)
+    assert not (tmp_path / "scores").exists()
 
 
 def test_files_finer_than_the_config_says_keep_their_frozen_bits(chats, text, tmp_path):
@@ -1024,37 +1012,39 @@ def rewritten(mask, path, change):
         (lambda m, t: m.update(fingerprint="0"), "parameters differ"),
     ],
 )
-def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, capsys):
+def test_unfit_masks(change, message, olmo2, mask, text, tmp_path, refused):
     bad = rewritten(mask, tmp_path / "bad.safetensors", change)
-    assert message in refused(capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", bad))
+    assert message in refused(train.main, *arguments(olmo2, text, tmp_path / "out", "--mask", bad))
     assert not (tmp_path / "out").exists()
 
 
-def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, capsys):
+def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, refused):
     foreign = make_masks(llama, chats, tmp_path)
     assert "parameters differ" in refused(
-        capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", foreign)
+        train.main, *arguments(olmo2, text, tmp_path / "out", "--mask", foreign)
     )
     (tmp_path / "cut").write_bytes(foreign.read_bytes()[:-50])
     assert "cannot be read" in refused(
-        capsys, *arguments(olmo2, text, tmp_path / "out", "--mask", tmp_path / "cut")
+        train.main, *arguments(olmo2, text, tmp_path / "out", "--mask", tmp_path / "cut")
     )
 
 
-def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, capsys):
-    assert "no such directory" in refused(capsys, *arguments("./nowhere", text, tmp_path / "out"))
+def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, refused):
+    assert "no such directory" in refused(
+        train.main, *arguments("./nowhere", text, tmp_path / "out")
+    )
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in refused(capsys, *arguments(olmo2, text, tmp_path / "file/out"))
+    assert "Not a directory" in refused(train.main, *arguments(olmo2, text, tmp_path / "file/out"))
 
 
 def test_non_finite_loss_stops_at_its_step_with_the_checkpoint_intact(
-    olmo2, text, tmp_path, capsys
+    olmo2, text, tmp_path, refused
 ):
     """A model whose final norm overflows from the first step on; before it, the checkpoint of a
     healthy run.
     """
     message = refused(
-        capsys,
+        train.main,
         *arguments(
             olmo2,
             text,

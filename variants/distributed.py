@@ -40,8 +40,8 @@ NOTHING = torch.empty(0)
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said to a single process
 
 
-def say(message):
-    """Print an error in one line.
+def say(message, script=SCRIPT):
+    """Print an error of a script in one line.
 
     Most errors are met by all ranks, and rank 0 says them. Another rank waits for torchrun to end
     it, and speaks only if that does not happen.
@@ -51,12 +51,12 @@ def say(message):
     if RANK > 0:
         time.sleep(3)
         line, stderr = f"rank {RANK}: {line}", STDERR
-    tqdm.write(f"{SCRIPT}: error: {line}", file=stderr)
+    tqdm.write(f"{script}: error: {line}", file=stderr)
 
 
-def fail(message):
+def fail(message, script=SCRIPT):
     """Print an error that the user can fix, in one line, and exit with code 2."""
-    say(message)
+    say(message, script)
     raise SystemExit(2)
 
 
