@@ -131,7 +131,7 @@ def build_model(args, masks, skeleton, directory):
     options = {"attn_implementation": "flash_attention_2"} if flash else {}
     options["dtype"] = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     if WORLD == 1:
-        model = files.load_model(args.model, skeleton.config, **options)
+        model = files.load_model(args.model, directory, **options)
     else:
         model = distributed.empty_model(skeleton.config, **options)
     print(f"attention: {model.config._attn_implementation}")
@@ -282,7 +282,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     """Compare frozen weights with the source model, then write OUT/model."""
     dtype, whole = skeleton.config.dtype or torch.float32, skeleton
     if WORLD == 1:
-        whole = files.load_model(args.model, skeleton.config, dtype=torch.float32)
+        whole = files.load_model(args.model, directory, dtype=torch.float32)
         source = {name: p.detach() for name, p in whole.named_parameters()}
     else:
         source = distributed.read_source(model, args.model, directory)
@@ -297,7 +297,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     files.save_model(whole, source, dtype, directory, args.out / "model.tmp")
     summary = {"frozen_verified": frozen, "trainable": trainable, "moved": moved}
     summary |= {"peak_memory": files.peak_memory(args.device), "commit": git_commit()}
-    model_card.write(args, skeleton.config, directory, summary)
+    model_card.write(args, directory, files.commit_of(args.model, directory), summary)
     files.append_line(args.out / "train.jsonl", {"summary": summary})
     files.finish(args.out)
     print(f"model: {final}; log: {args.out}/train.jsonl")
@@ -407,7 +407,7 @@ def run(args):
     files.check_out(args.out, args.resume)
 
     # Read the text
-    model_key = files.model_key(skeleton, directory)
+    model_key = files.model_key(args.model, directory)
     read = functools.partial(load_sequences, tokenizer, model_key, args.seq_len)
     heldout = {}
     with distributed.rank_zero_first():

@@ -80,6 +80,7 @@ MODEL_FILES = [
 ]
 MODEL_CARD = """---
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model_relation: quantized
 license: apache-2.0
 language:
 - en

@@ -1,15 +1,16 @@
 """Data and models of the hub, through its real clients, against the stand-in of hub.py."""
 
+import os
 import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TEXT
-from hub import HUB, REQUESTS
-from paper_hub import configs, put_harness_data, put_madlad, put_parquet, put_rows, put_tulu, served  # noqa: F401
+from conftest import TEXT, forked
+from hub import COMMIT, HUB, REQUESTS
+from paper_hub import put_madlad, put_parquet, put_tulu, served  # noqa: F401
 from safetensors.torch import load_file
-from test_train import arguments
+from test_train import arguments, stop_after_saving
 from transformers import AutoTokenizer
 
 import score
@@ -98,8 +99,14 @@ def test_a_model_of_the_hub_is_scored_by_name(served, olmo2, chats, tmp_path):
         assert tensor.equal(load_file(tmp_path / "folder.safetensors")[name])
 
 
-def test_a_model_of_the_hub_is_trained_with_its_generation_config(served, olmo2, text, tmp_path):
+def test_a_model_of_the_hub_is_trained_and_resumed_by_its_commit(served, olmo2, text, tmp_path):
+    """The killed run begins before the weights are in the cache, and its end after that."""
     folder = shutil.copytree(olmo2, HUB / "models/someone/other")
-    train.main(["--model", "someone/other", *arguments(olmo2, text, tmp_path / "out")[2:]])
+    argv = arguments("someone/other", text, tmp_path / "out", "--save-every", 10)
+    pid = forked(train.main, argv, stop_after_saving)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    train.main([*argv, "--resume"])
     saved = tmp_path / "out/model/generation_config.json"
     assert saved.read_bytes() == (folder / "generation_config.json").read_bytes()
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert f"| someone/other, commit {COMMIT} |" in card and "base_model: someone/other" in card

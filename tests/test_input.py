@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, TEMPLATE, TEXT, forked, write_jsonl
 from safetensors.torch import load_file
 from test_architectures import evaluate_argv, evaluation, train_argv  # noqa: F401
+from test_train import stop_after_saving
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -317,27 +318,12 @@ def test_a_damaged_log_does_not_stop_a_sound_checkpoint(olmo2, text, tmp_path):
     train.main(argv)
     whole = (out / "model/model.safetensors").read_bytes()
     shutil.rmtree(out / "model")
-    checkpoint_of(argv, out)
+    (out / "train.jsonl").unlink()
+    pid = forked(train.main, argv, stop_after_saving)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     (out / "train.jsonl").write_bytes(b"\xff\xfe damaged\n")
     train.main([*argv, "--resume"])
     assert (out / "model/model.safetensors").read_bytes() == whole
-
-
-def checkpoint_of(argv, out):
-    """Leave a folder as a run does that was killed before its last step."""
-
-    def die():
-        real = files.save_checkpoint
-
-        def save(*arguments):
-            real(*arguments)
-            os._exit(9)
-
-        files.save_checkpoint = save
-
-    (out / "train.jsonl").unlink()
-    pid = forked(train.main, argv, die)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
 STAGES = ["train.py", "score.py", "make_mask.py", "evaluate.py"]

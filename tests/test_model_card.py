@@ -78,6 +78,22 @@ def test_a_source_without_a_readable_card(content, source, tmp_path, capsys):
     assert ("names no license" in capsys.readouterr().out) == (content != "no metadata")
 
 
+def test_a_local_copy_in_another_format_has_the_name_of_its_model(tmp_path):
+    head = "base_model: org/chat\nbase_model_relation: quantized"
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    args = arguments(tmp_path, model=tmp_path)
+    card = ModelCard(model_card.make(args, tmp_path, None, SUMMARY))
+    assert card.data.base_model == "org/chat" and "# chat-ig-fft\n" in card.text
+
+
+def test_the_language_is_that_of_the_folder_also_of_a_link(tmp_path):
+    (tmp_path / "am").mkdir()
+    (tmp_path / "ne").mkdir()
+    (tmp_path / "am/corpus.jsonl").touch()
+    (tmp_path / "ne/train.jsonl").symlink_to(tmp_path / "am/corpus.jsonl")
+    assert model_card.describe_text(str(tmp_path / "ne/train.jsonl"))[0] == "ne"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run directory whose hft@0.25 was trained by train.py from a model with a card."""
@@ -85,7 +101,7 @@ def trained(tmp_path_factory):
     model = tiny_model(folder / "tiny-chat", "llama")
     (model / "README.md").write_text(
         "---\nlicense: apache-2.0\nbase_model: org/base\n---\nOld text\n"
-    )
+    )  # as of an instruct model, which was made from org/base
     write_jsonl(folder / "ne/train.jsonl", [{"text": "The old mill stands by the river. " * 40}])
     out = folder / "runs/hft@0.25"
     mask = str(out / "mask.safetensors")
@@ -101,14 +117,14 @@ def trained(tmp_path_factory):
 def test_train_saves_a_card_with_the_model(trained):
     card = ModelCard.load(trained / "hft@0.25/model/README.md")
     data = card.data.to_dict()
-    assert data["license"] == "apache-2.0" and data["base_model"] == "org/base"
+    assert data["license"] == "apache-2.0" and "base_model" not in data
     assert data["language"] == ["en", "ne"] and "datasets" not in data
     summary = json.loads((trained / "hft@0.25/train.jsonl").read_text().splitlines()[-1])["summary"]
-    assert "# base-ne-hft-0.25\n" in card.text and "| HFT, ratio 0.25 |" in card.text
+    assert "# tiny-chat-ne-hft-0.25\n" in card.text and "| HFT, ratio 0.25 |" in card.text
     total = summary["frozen_verified"] + summary["trainable"]
     assert f"{summary['frozen_verified']:,} of {total:,}" in card.text
     assert str(trained.parent) not in card.content  # no path of this machine
-    assert "| org/base, in a local directory named tiny-chat |" in card.text
+    assert "| tiny-chat, in a local directory named tiny-chat |" in card.text
     assert "Old text" not in card.text and "Not evaluated yet." in card.text
 
 
@@ -123,7 +139,7 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
     report.main([str(run)])
     card = ModelCard.load(path)
     assert "| HFT 0.25 | 1.100 (+10.0%)" in card.text and "Not evaluated" not in card.text
-    assert "A remark of its owner." in card.text and card.data.model_name == "base-ne-hft-0.25"
+    assert "A remark of its owner." in card.text and card.data.model_name == "tiny-chat-ne-hft-0.25"
     results = {result.metric_name: result for result in card.data.eval_results}
     chat = results["chat bpb"]
     assert (chat.metric_type, chat.metric_value, chat.dataset_config) == ("bpb", 1.1, "ne")

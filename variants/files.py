@@ -72,9 +72,14 @@ def load_skeleton(name):
     return model, tokenizer, directory
 
 
-def load_model(name, config, **options):
-    """Return the model, of the commit of config. Exit with an error if its files lack a tensor."""
-    commit = getattr(config, "_commit_hash", None) or "main"
+def commit_of(name, directory):
+    """Return the commit of a hub id, after which the directory of its files is named, or None."""
+    return None if Path(name).is_dir() else directory.name
+
+
+def load_model(name, directory, **options):
+    """Return the model, of the same commit as before. Fail if its files lack a tensor."""
+    commit = commit_of(name, directory) or "main"
     return models.load_weights(name, fail, revision=commit, **options)
 
 
@@ -83,12 +88,12 @@ def kept(path):
     return path.is_file() and path.suffix not in OTHER_FORMATS and path.name != "README.md"
 
 
-def model_key(model, directory):
+def model_key(name, directory):
     """Identify a model's files: the commit of a hub id, the sha256 of a directory's files.
 
     For all ranks. One on each machine reads the files.
     """
-    if commit := getattr(model.config, "_commit_hash", None):
+    if commit := commit_of(name, directory):
         return commit
     digest = None
     if LOCAL_RANK == 0:

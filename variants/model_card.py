@@ -110,7 +110,7 @@ def describe_text(data):
     if data.startswith("madlad:"):
         code = data.removeprefix("madlad:")
         return code, f"{MADLAD}, {code}, at {MADLAD_REVISION[:12]}", MADLAD
-    code = Path(data).resolve().parent.name  # DIR/LANG/train.jsonl
+    code = Path(data).absolute().parent.name  # DIR/LANG/train.jsonl
     return (code if code in LANGUAGES else None), f"{Path(data).name}, a local file", None
 
 
@@ -122,8 +122,12 @@ def make(args, directory, commit, summary):
     hub_id, source = source_card(args.model, directory, commit)
     lang, text, dataset = describe_text(args.data)
     method = describe_method(args)
-    folder = Path(args.model).resolve().name
-    base_name = hub_id or str(source.get("base_model") or folder)
+    folder = Path(args.model).absolute().name
+    base_model = hub_id
+    # Otherwise the card of a directory names what its model was made from, another model.
+    if source.get("base_model_relation") == "quantized":
+        base_model = source.get("base_model")
+    base_name = base_model or folder
     where = f", commit {commit}" if hub_id else f", in a local directory named {folder}"
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.resolve().name)  # e.g. ssu-wanda-0.25
     title = "-".join(filter(None, [base_name.rpartition("/")[2], lang, suffix]))
@@ -131,7 +135,7 @@ def make(args, directory, commit, summary):
     languages = [languages] if isinstance(languages, str) else languages
     license_keys = ("license", "license_name", "license_link")
     data = ModelCardData(
-        base_model=hub_id or source.get("base_model"),
+        base_model=base_model,
         datasets=[dataset] if dataset else None,
         language=list(dict.fromkeys([*languages, *filter(None, [lang])])),
         library_name="transformers",
@@ -162,11 +166,10 @@ def make(args, directory, commit, summary):
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
-def write(args, config, directory, summary):
+def write(args, directory, commit, summary):
     """Write the card of OUT/model before the folder gets its name. For all ranks."""
     if RANK == 0:
-        content = make(args, directory, getattr(config, "_commit_hash", None), summary)
-        write_atomically(args.out / "model.tmp/README.md", content)
+        write_atomically(args.out / "model.tmp/README.md", make(args, directory, commit, summary))
 
 
 def with_results(content, lang, table, numbers):
