@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import types
 
@@ -333,31 +334,50 @@ def test_plan_counts_what_comes_to_the_disk(paper_sets, tmp_path, monkeypatch, c
     put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
     argv = ["--lang", "ig", "--model", "someone/tiny", "--calibration", "a file"]
     argv += ["--runs", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "data")]
-    argv += ["--methods", *["fft"] * 100_000]
+    argv += ["--methods", "gmt", "--ratios", *[f"{i / 100_000:g}" for i in range(100_000)]]
 
     def planned():
         code, out = plan.main(argv), capsys.readouterr().out
         lines = [line for line in out.splitlines() if line.startswith("disk: ")]
-        downloads, results = (float(line.split()[1]) for line in lines)
-        return code, problems_in(out), downloads, results
+        downloads, data_sets, results = (float(line.split()[1]) for line in lines)
+        return code, problems_in(out), downloads, data_sets, results
 
     with open(paper_sets / MADLAD / "data/ig/ig_clean_0009.jsonl.gz", "wb") as file:
         file.truncate(3 * 10**9)
-    code, _, downloads, results = planned()
+    code, _, downloads, data_sets, results = planned()
     weights = load_file(HUB / "models/someone/tiny/model.safetensors").values()
     count = sum(tensor.numel() for tensor in weights)
     assert code == 0
-    assert downloads == pytest.approx(4 * 3, abs=0.1)
+    assert downloads == 3.0 and data_sets == 9.0
     assert results == pytest.approx(4 * count * 100_000 / 1e9, abs=0.1) and results > 10
-    (tmp_path / "runs").mkdir()
-    with open(tmp_path / "runs/state.safetensors", "wb") as file:
-        file.truncate(5 * 10**9)
-    assert planned()[3] == pytest.approx(results - 5, abs=0.11)
-    free = int((results - 4) * 1e9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=free))
-    (tmp_path / "runs/state.safetensors").unlink()
-    code, problems, _, _ = planned()
-    assert code == 2 and len(problems) == 1 and "the disk at" in problems[0]
+    for done, less in (("ig/gmt@0.25", 5), ("ig/fft", 0), ("ne/gmt@0.25", 0)):
+        (tmp_path / "runs" / done).mkdir(parents=True)
+        with open(tmp_path / "runs" / done / "state.safetensors", "wb") as file:
+            file.truncate(5 * 10**9)
+        assert planned()[4] == pytest.approx(results - less, abs=0.11)
+        shutil.rmtree(tmp_path / "runs")
+
+    # All that comes to one disk must fit together.
+    for free, fits in ((results + 12.2, True), (results + 11.8, False)):
+        space = types.SimpleNamespace(free=int(free * 1e9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
+        code, problems, *_ = planned()
+        assert code == (0 if fits else 2)
+        assert fits or (len(problems) == 1 and "the disk at" in problems[0])
+
+
+def test_main_memory_holds_the_source_once_more(capsys):
+    assert plan.check_main_memory(1_000_000) == []
+    assert "up to 3.0 GB" in capsys.readouterr().out
+    (problem,) = plan.check_main_memory(10**13)
+    assert "main memory lacks" in problem
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    args = plan.parse_args(["--model", str(tmp_path), "--lang", "ne", "--runs", str(tmp_path)])
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    (problem,) = plan.check_disk(args, 1000, 2, download=0)
+    assert f"{tmp_path} cannot be written" in problem
 
 
 def test_what_codemix_needs_depends_on_the_judge(paper_sets, tmp_path, capsys):

@@ -272,7 +272,7 @@ def check_downloads(args):
                 raise FileNotFoundError(f"it has no files {' '.join(patterns)}")
         except (OSError, HTTPError) as error:
             why = " ".join(str(error).split())[:160]
-            reason = f"{why}. Is HF_TOKEN set, and are its terms accepted?"
+            reason = f"{why}. Set HF_TOKEN and accept its terms; offline, HF_HUB_OFFLINE=1"
             problems.append(f"the hub does not give {repo}: {reason}")
             print(f"{repo:<36} not to be had")
             continue
@@ -282,37 +282,67 @@ def check_downloads(args):
     return total, problems
 
 
+def models_of(args):
+    """Return the folders of the models that run_all.sh makes."""
+    names = []
+    for method in args.methods:
+        for ratio in [0.5] if method in SINGLE else args.ratios:
+            names.append(method if ratio == 0.5 else f"{method}@{ratio:g}")
+    return [args.runs / args.lang / name for name in names]
+
+
 def check_disk(args, weights, itemsize, download):
     """Print what comes to the disks. Return the problems.
 
     weights: the number of weights; itemsize: bytes of each in a saved model.
     """
-    from huggingface_hub.constants import HF_HOME
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    models = 1  # lota first trains a model to choose weights by
-    for method in args.methods:
-        models += 1 if method in SINGLE else len(args.ratios)
+    folders = models_of(args)
+    models = 1 + len(folders)  # lota first trains a model to choose weights by
     results = (24 + models * itemsize) * weights  # 24: the last two checkpoints
     if ELEMENTS & set(args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
     if not args.methods:
         results = 0
-    there = sum(path.stat().st_size for path in args.runs.rglob("*") if path.is_file())
-    # A data set is kept compressed and as Arrow, so it takes up to four times its size.
-    coming = {Path(HF_HOME): 4 * download, args.runs: max(0, results - there)}
+    for folder in folders:
+        results -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # A data set is kept compressed, and as Arrow, which takes up to three times as much.
+    coming = [(HF_HUB_CACHE, download), (HF_DATASETS_CACHE, 3 * download)]
+    coming.append((args.runs, max(0, results)))
 
-    problems = []
-    for place, size in coming.items():
-        folder = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(folder).free
-        print(f"disk: {size / 1e9:.1f} GB of {free / 1e9:.1f} free at {folder}")
-        if size > free:
-            problems.append(f"the disk at {folder} lacks {(size - free) / 1e9:.1f} GB")
+    problems, disks = [], {}
+    for place, size in coming:
+        place = Path(place).absolute()
+        folder = next(p for p in (place, *place.parents) if p.exists())
+        disk = disks.setdefault(folder.stat().st_dev, {"folder": folder, "coming": 0})
+        disk["coming"] += size
+        print(f"disk: {size / 1e9:.1f} GB for {place}")
+        if not os.access(folder, os.W_OK) and (size or place != Path(HF_HUB_CACHE)):
+            problems.append(f"{folder} cannot be written. Set HF_HOME or RUNS to another place")
+    for disk in disks.values():
+        lacking = disk["coming"] - shutil.disk_usage(disk["folder"]).free
+        if lacking > 0:
+            problems.append(f"the disk at {disk['folder']} lacks {lacking / 1e9:.1f} GB")
     return problems
+
+
+def check_main_memory(weights):
+    """Return the problems of main memory on a machine whose GPUs train.
+
+    At its end, train.py reads the source again in fp32, and saves the model at half that size.
+    """
+    needed = 4.5 * weights + 3e9  # 3 GB of libraries
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"main memory: up to {needed / 1e9:.1f} GB; this machine has {has / 1e9:.1f} GB")
+    return [] if needed <= has else [f"main memory lacks {(needed - has) / 1e9:.1f} GB"]
 
 
 def plan(args):
     """Print the plan. Return the problems."""
+    import torch
+
     from tools.memory import trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
@@ -337,6 +367,8 @@ def plan(args):
         problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
     if args.lang and args.methods and counted:
         problems += check_memory(args, model)
+    if args.lang and args.methods and torch.cuda.is_available():
+        problems += check_main_memory(weights)
     return problems
 
 

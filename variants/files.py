@@ -124,12 +124,18 @@ def saved_buffers(model, directory):
 
 @torch.no_grad()
 def save_model(model, source, dtype, directory, out):
-    """Write {name: weights} in `dtype`, and the source's other files as they are. For all ranks."""
+    """Write {name: weights} in `dtype`, and the source's other files as they are. For all ranks.
+
+    Both model and source give up a weight as soon as it is rounded: main memory may not hold all of
+    them twice.
+    """
     state = {}
-    for name, weight in source.items():
-        whole = full(weight)
+    for name in list(source):
+        whole = full(source.pop(name))
         if RANK == 0:
             state[name] = whole.to(dtype).cpu()
+        if WORLD == 1:
+            model.get_parameter(name).data = state[name]
     if RANK > 0:
         return
     for name, buffer in saved_buffers(model, directory).items():
