@@ -5,9 +5,9 @@
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
 # Finished stages are skipped, interrupted ones resume, those with other inputs are run again, or
-# refused (paper, your models). --dry-run says what a run needs. On each of two machines with GPUs:
-#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py ...
-# with the options of a "+" line of run_all.sh. Variables of the environment, with their defaults:
+# refused (paper, your models). --dry-run installs the packages and says what a run needs. With two
+# machines, call on each: torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d
+# --rdzv-endpoint=HOST train.py ... with the options of a "+" line. Variables, and their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
 #              s2ft-down-{output,embeddings} ssu-{mag,wanda,sparsegpt,fim} ssu-wanda-{row,element}
 #   RATIOS     0.5: fractions of the columns to freeze, each giving a model
@@ -42,8 +42,8 @@ if [ "${2:-}" = --dry-run ]; then exit; else check_gpus; fi
 install_for "${methods[@]}" "${tasks[@]}" "$OPTIMIZER"
 
 # One run at a time in a folder. Its stages hold the lock too.
-run=$RUNS/$lang; mkdir -p "$run"; exec 9> "$run/.lock"
-flock -n 9 || fail "another run works in $run. Wait for it, or set RUNS"
+dir=$RUNS/$lang; mkdir -p "$dir"; exec 9> "$dir/.lock"
+flock -n 9 || fail "another run works in $dir. Wait for it, or set RUNS"
 
 # Data and the source model.
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then prepare_embedded; fi
@@ -54,10 +54,10 @@ require "${texts[@]}" "${score_inputs[@]}" "${chat_inputs[@]}"
 
 train=(python train.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --precision "$PRECISION"
     --optimizer "$OPTIMIZER" "${train_options[@]}")
-score() {  # METHOD AXIS [OPTION...]: how much each weight matters in the source language
-    scores=$run/scores-$1.safetensors; [ "$2" = column ] || scores=$run/scores-$1-$2.safetensors
-    stage "$scores" "${score_inputs[@]}" -- python score.py --model "$MODEL" --out "$scores" \
-        --method "$1" --axis "$2" --seed "$SEED" "${@:3}"
+score() {  # METHOD AXIS [OPTION...]: set $scores, how much each weight matters for the source
+    scores=$dir/scores-$1.safetensors; [ "$2" = column ] || scores=$dir/scores-$1-$2.safetensors
+    stage "$scores" ${3:+"${score_inputs[@]}"} -- python score.py --model "$MODEL" \
+        --out "$scores" --method "$1" --axis "$2" --seed "$SEED" "${@:3}"
 }
 evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language and lost in English
     local shared=(--model "$1" --lang "$lang" --data-dir "$DATA_DIR" --dtype "$dtype")
@@ -70,8 +70,8 @@ evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language a
     evaluated+=("${2##*/}")
 }
 adapt() {  # METHOD RATIO: a static method is a mask file, the others are options of train.py
-    local out=$run/$1 ratio=$2 freeze=highest scores= mask=() inputs=() options=()
-    [ "$2" = 0.5 ] || out=$run/$1@$2
+    local out=$dir/$1 ratio=$2 freeze=highest scores= mask=() inputs=() options=()
+    [ "$2" = 0.5 ] || out=$dir/$1@$2
     case $1 in
         fft) ;;
         adalora) options=(--adalora --precision "${PRECISION%-true}" --save-every 0) ;;
@@ -82,7 +82,7 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
         ssu-wanda-*) score wanda "${1#ssu-wanda-}" "${calibration[@]}" ;;
         ssu-*) score "${1#ssu-}" column "${calibration[@]}" ;;
         lota*)  # 100 steps of full fine-tuning choose the weights, those that move most
-            local tuned=$run/lota-calibration score_inputs=("$run/lota-calibration/model.made-by")
+            local tuned=$dir/lota-calibration score_inputs=("$dir/lota-calibration/model.made-by")
             stage "$tuned/model" "${texts[@]}" -- "${train[@]}" --out "$tuned" --steps 100
             score delta element --adapted "$tuned/model"
             freeze=lowest; [ "$1" = lota ] || ratio=0.${1#lota-} ;;
@@ -93,18 +93,18 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
         stage "$out/mask.safetensors" ${scores:+"$scores.made-by"} -- \
             python make_mask.py "${mask[@]}" --out "$out/mask.safetensors"
         inputs=("$out/mask.safetensors.made-by"); options+=(--mask "$out/mask.safetensors")
-        case $COMPACT$1 in 1*-row|1*-element|1lota*|0*) ;; *) options+=(--compact) ;; esac
+        [ "$COMPACT" = 0 ] || case $1 in *-row|*-element|lota*) ;; *) options+=(--compact) ;; esac
     fi
     stage "$out/model" "${texts[@]}" "${inputs[@]}" -- "${train[@]}" --out "$out" "${options[@]}"
     evaluate "$out/model" "$out" "$out/model.made-by"
 }
 
 # The recipe: evaluate the source model, adapt it by each method and ratio, and report.
-evaluate "$MODEL" "$run/source"
+evaluate "$MODEL" "$dir/source"
 for method in "${methods[@]}"; do
     case $method in
         fft|adalora|s2ft-*|lota-*) adapt "$method" 0.5 ;;  # these have no ratio to choose
         *) for ratio in "${ratios[@]}"; do adapt "$method" "$ratio"; done ;;
     esac
 done
-run python tools/report.py "$run" --methods "${evaluated[@]}"
+run python tools/report.py "$dir" --methods "${evaluated[@]}"

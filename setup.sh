@@ -3,6 +3,10 @@
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -e .venv/bin/activate ] || "${PYTHON:-python3}" -m venv --clear .venv
     . .venv/bin/activate
+    if ! [ "$VIRTUAL_ENV" -ef .venv ]; then
+        echo "setup: error: .venv was made in another folder. Delete it, and start again" >&2
+        exit 2
+    fi
 fi
 if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "setup: error: Python is older than 3.11. Delete .venv and set PYTHON to a newer one" >&2

@@ -9,7 +9,7 @@ if [[ " ${TASKS//,/ } " = *" t3 "* && ! -s $DATA_DIR/en/t3.jsonl ]]; then
     fail "t3 needs $DATA_DIR/en/t3.jsonl: HF_TOKEN=... python data/prepare_paper.py $lang" \
         "--out $DATA_DIR --safety-eval CLONE. See data/README.md"
 fi
-about="$STEPS steps on MADLAD-400, hours a method (docs/PERFORMANCE.md)"
+about="$STEPS steps at rate $LR on MADLAD-400, hours a method (docs/PERFORMANCE.md)"
 en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--gradient-checkpointing)
 accumulated=8  # sequences of each of the four micro-batches of gmt (Table 8)

@@ -84,7 +84,7 @@ def test_bad_settings_are_refused_before_anything_is_deleted(
     kept = tmp_path / "ne/source/eval.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("of an earlier run")
-    settings = tiny_settings(folder, tmp_path) | {setting: value}
+    settings = tiny_settings(folder, tmp_path, METHODS="ssu-wanda") | {setting: value}
     done = run_all("ne", python=quick, **settings)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and re.split("[ ,]", value)[-1] in line
@@ -311,6 +311,44 @@ def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path
     assert made() == ["a", "b"] and made() == []
     script = f"model_sha256=of-another-model\n{script}"
     assert made() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "data, model, deleted",
+    [
+        ("data/embedded", "data/embedded/model", True),
+        ("/mine/data/embedded", "data/embedded/model", False),
+        ("data/embedded", "someone/model", False),
+    ],
+)
+def test_models_of_own_text_are_not_deleted(data, model, deleted, tmp_path):
+    script = f'. "{ROOT}/tools/driver.sh"; PROFILE=embedded DATA_DIR={data} MODEL={model}\n'
+    script += "several=(); stage fft/model -- bash make.sh fft/model"
+    run = dict(cwd=tmp_path, capture_output=True, text=True)
+    for made in ("first", "second"):
+        (tmp_path / "make.sh").write_text(f'echo {made} > "$1"\n')
+        (tmp_path / "requirements.txt").write_text(made)
+        done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
+    assert (tmp_path / "fft/model").read_text() == ("second\n" if deleted else "first\n")
+    assert ("Set RUNS, or delete it" in done.stderr) == (not deleted)
+
+
+@pytest.mark.parametrize(
+    "methods, read", [("fft hft ssu-rand ssu-mag", ""), ("hft ssu-wanda-row", "chats.jsonl")]
+)
+def test_only_some_methods_need_calibration_text(methods, read, tmp_path):
+    script = f'. "{ROOT}/tools/driver.sh"; gpus=0 accumulated=2 en=en; read_lists; '
+    script += 'echo "${score_inputs[@]}"'
+    settings = dict(METHODS=methods, TASKS="bpb", PRECISION="fp32", CALIBRATION="chats.jsonl")
+    run = dict(env=os.environ | settings, capture_output=True, text=True, check=True)
+    assert subprocess.run(["bash", "-euc", script], **run).stdout == f"{read}\n"
+
+
+def test_another_model_has_results_of_its_own(folder, quick):
+    settings = tiny_settings(folder, "") | {"RUNS": ""}
+    done = run_all("ne", "--dry-run", python=quick, **settings)
+    assert done.returncode == 0 and " --runs runs/model " in done.stdout
+    assert "2 steps at rate 5e-4" in done.stdout
 
 
 def test_a_link_to_a_model_has_the_digest_of_its_files(tmp_path):

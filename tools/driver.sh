@@ -82,7 +82,10 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
         esac
     done
     case $PRECISION in bf16*) dtype=bfloat16 ;; esac
-    case $CALIBRATION in tulu|alpaca) ;; *) score_inputs=("$CALIBRATION") ;; esac
+    case "$CALIBRATION ${methods[*]}" in
+        "tulu "* | "alpaca "*) ;;
+        *" ssu-wanda"* | *" ssu-sparsegpt"* | *" ssu-fim"*) score_inputs=("$CALIBRATION") ;;
+    esac
 }
 
 sha256_of() {  # FILE or FOLDER: the digest of the file, or of all files but the model card
@@ -160,7 +163,7 @@ stage() {
             # the paper profile, and models made from data and a model of your own.
             [ -e "$stamp" ] || fail "run_all.sh did not make $output. Move it away, or set RUNS"
             case $PROFILE:$DATA_DIR:$MODEL:$output in
-                embedded:*data/embedded*) ;;
+                embedded:data/embedded:data/embedded/model:*) ;;
                 paper:* | *:*/model)
                     fail "$output was made with other settings or inputs. Set RUNS, or delete it" ;;
             esac

@@ -54,6 +54,11 @@ TASK_SOURCES = {
 }
 
 
+def is_calibrated(method):
+    """Return whether a method of run_all.sh reads calibration text."""
+    return method.startswith(("ssu-wanda", "ssu-sparsegpt", "ssu-fim"))
+
+
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print(f"plan.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
@@ -241,7 +246,7 @@ def wanted_sources(args):
     sources = []
     if args.profile == "paper" and args.methods:
         sources.append((*MADLAD, [f"data/{args.lang}/*_clean_*"]))
-    if args.calibration in CALIBRATION and args.methods:
+    if args.calibration in CALIBRATION and any(map(is_calibrated, args.methods)):
         sources.append(CALIBRATION[args.calibration])
     for task, source in TASK_SOURCES.items():
         if task in args.tasks and (task != "codemix" or args.language_id == "glotlid"):
