@@ -1,15 +1,15 @@
 r"""Measure what a model keeps of its source language (English) and gains in the target language.
 
 Stage 4 of SSU. Tasks, those of Section 4.5 and two more, bpb and mcq:
-    bpb    bits per byte of held-out text; in a chat, of the last answer
+    bpb    bits per byte of held-out text; in a chat, of the last answer and its end of turn
     mcq    multiple choice: the option with the highest log-likelihood per byte
     mt     translation: mean chrF++ over sentences, few-shot
     sum    summarization (XL-Sum): mean chrF++ over summaries, zero-shot
     mrc    reading comprehension (Belebele), 3-shot: the letter with the highest log-likelihood
     mmlu   knowledge (MMLU, Global-MMLU), 5-shot with questions of the subject: likewise
 
-Prompts are those of Table 7, in data/languages.json: add a language there. Decoding is that of
-Table 9. In the results, `source` is English (mt: X to English) and `target` the other language.
+Prompts are those of Table 7, in data/languages.json. Decoding is that of Table 9, but an answer of
+mt or sum ends with its line. `source` is English (mt: X to English), `target` the other language.
 
 On a CPU, in a few minutes:
     python evaluate.py --model runs/ne/fft/model --lang ne --data-dir data/embedded \
@@ -31,7 +31,7 @@ import random
 import statistics
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import sacrebleu
@@ -39,9 +39,10 @@ import torch
 from tqdm import tqdm
 
 from data import evaluation, instruct
-from data.evaluation import LANGUAGES, fail, key_of, locked, read_rows, sample, write_atomically
+from data.evaluation import fail, key_of, locked, read_rows, sample, write_atomically
 from data.identity import git_commit, sha256_of
 from data.models import DATE, check_unknown, context_of
+from data.rows import LANGUAGES, language_code
 from variants import distributed
 
 GREEDY = dict(do_sample=False)
@@ -74,42 +75,43 @@ def windows(prompt, tokens, size):
 
 
 def items_bpb(args, tokenizer):
-    """Held-out text, or the last answer of a chat."""
+    """Yield held-out text, or the last answer of a chat."""
     for side, base in BPB_SETS:
         rows = read_rows(args, side, base, ["text"], optional=base != "heldout")
         for number, row in sample(list(enumerate(rows, 1)), args):
             if row.get("messages"):
-                said = row["messages"][-1]["content"]
+                text = row["messages"][-1]["content"]
                 prompt, answer = instruct.last_turn(tokenizer, row["messages"])
                 ids, tokens = instruct.split(tokenizer, prompt, answer)
             else:
-                prompt, said = "", row["text"].removeprefix("\ufeff")
-                ids, tokens = instruct.split(tokenizer, prompt, said, raw=True)
+                prompt, text = "", row["text"].removeprefix("\ufeff")
+                ids, tokens = instruct.split(tokenizer, prompt, text, raw=True)
             for start, before, part in windows(ids, tokens, min(WINDOW, args.context)):
                 saved = dict(side=side, id=f"{base}:{number}:{start}", domain=row.get("domain"))
-                saved |= dict(prompt=prompt, reference=said, set=base)
-                saved |= dict(tokens=len(part), bytes=len(said.encode()))
+                saved |= dict(prompt=prompt, reference=text, set=base)
+                saved |= dict(tokens=len(part), bytes=len(text.encode()))
                 yield saved, before, [part]
-                prompt = said = ""  # the first window has the text and all its bytes
+                prompt = text = ""  # the first window has the text and all its bytes
 
 
 def items_mcq(args, tokenizer):
-    """Source: a chat with the option as answer. Target: raw text, as all that it was trained on."""
+    """Yield, in English, chats with an option as answer, and else raw text, as in training."""
     for side, _ in evaluation.sides(args):
         raw = side == "target"
         for row in sample(read_rows(args, side, "mmlu.test", MMLU), args):
             prompt = row["question"] if raw else instruct.ask(tokenizer, row["question"])
             options = [str(row[option]) for option in OPTIONS]
             texts = [f" {option}" for option in options] if raw else options
-            parts = [instruct.split(tokenizer, prompt, text, raw) for text in texts]
+            before, parts = instruct.split_all(tokenizer, prompt, texts, raw)
             saved = dict(side=side, id=row["sample_id"], domain=row["subject"], prompt=prompt)
-            saved |= dict(reference=row["answer"], options=options)
-            saved |= dict(shared_stem=row.get("shared_stem"))
-            yield saved, parts[0][0], [ids for _, ids in parts]
+            saved |= dict(
+                reference=row["answer"], options=options, shared_stem=row.get("shared_stem")
+            )
+            yield saved, before, parts
 
 
 def items_mt(args, tokenizer):
-    """All items have the same examples, if they fit. Translation to English is asked in English."""
+    """Yield items with the same examples, if they fit. English is asked for in English."""
     room = args.context - args.max_new_tokens
     (_, english), (_, target) = evaluation.sides(args)
     columns = ["id", english["flores"], target["flores"]]
@@ -120,7 +122,7 @@ def items_mt(args, tokenizer):
     from_english = (target["prompts"]["mt_from_english"], english["flores"], target["flores"])
     for side, (template, origin, goal) in (("source", to_english), ("target", from_english)):
         texts = [template.format(X=target["name"], sentence=row[origin]) for row in drawn + test]
-        shots = [(text, row[goal]) for text, row in zip(texts, drawn, strict=False)]
+        shots = [(text, row[goal]) for text, row in zip(texts[: len(drawn)], drawn, strict=True)]
         for text, row in zip(texts[len(drawn) :], test, strict=True):
             prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, room)
             saved = dict(side=side, id=row["id"], domain=row.get("domain"), prompt=prompt)
@@ -128,7 +130,7 @@ def items_mt(args, tokenizer):
 
 
 def items_sum(args, tokenizer):
-    """Zero-shot, asked in the language of the text, whose end is cut off if it does not fit."""
+    """Yield texts to sum up in their language. The end of a text that does not fit is cut off."""
     for side, language in evaluation.sides(args):
         template = language["prompts"]["sum"]
         empty = instruct.encode(tokenizer, instruct.ask(tokenizer, template.format(text="")))
@@ -147,17 +149,17 @@ def lettered(args, tokenizer, saved, text, shots):
     There are fewer where all do not fit the model's context. A question that alone does not fit
     loses its beginning.
     """
-    prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, args.context - 1)
-    ids, length = ids[-(args.context - 1) :], len(ids)
+    room = args.context - 1
+    prompt, ids, fit = instruct.ask_within(tokenizer, text, shots, room)
     tail = prompt[-16:]  # enough characters to see how a letter joins the prompt
-    parts = [instruct.split(tokenizer, tail, letter) for letter in "ABCD"]
-    joined = len(instruct.encode(tokenizer, tail)) - len(parts[0][0])  # ids that a letter absorbs
-    saved |= dict(prompt=prompt, shots=fit, shortened=len(ids) < length)
-    return saved, ids[: len(ids) - joined], [letter for _, letter in parts]
+    before, letters = instruct.split_all(tokenizer, tail, "ABCD")
+    joined = len(instruct.encode(tokenizer, tail)) - len(before)  # ids that a letter absorbs
+    saved |= dict(prompt=prompt, shots=fit, shortened=len(ids) > room)
+    return saved, ids[-room : len(ids) - joined], letters
 
 
 def items_mrc(args, tokenizer):
-    """Belebele has one split, so an item is never its own example."""
+    """Yield Belebele's questions. It has one split, so an item is never its own example."""
     for side, language in evaluation.sides(args):
         rows = []
         for row in read_rows(args, side, "belebele", BELEBELE):
@@ -165,18 +167,18 @@ def items_mrc(args, tokenizer):
             letter = dict(zip("1234", "ABCD", strict=True)).get(str(row["correct_answer_num"]))
             rows.append((f"{row['link']} {row['question_number']}", text, letter))
         drawn = random.Random(args.seed).sample(rows, min(SHOTS["mrc"] + 1, len(rows)))
-        for name, text, letter in rows[: args.num_questions]:
+        for name, text, letter in sample(rows, args, args.num_questions or len(rows)):
             shots = [shot[1:] for shot in drawn if shot[0] != name][: SHOTS["mrc"]]
             saved = dict(side=side, id=name, domain=None, reference=letter)
             yield lettered(args, tokenizer, saved, text, shots)
 
 
 def items_mmlu(args, tokenizer):
-    """The examples are the first of the subject in the dev split."""
+    """Yield questions, whose examples are the first of the subject in the dev split."""
     for side, language in evaluation.sides(args):
         dev, test = (read_rows(args, side, f"mmlu.{name}", MMLU) for name in ("dev", "test"))
         examples = {}  # {subject: [(question, letter), ...]}
-        for number, row in enumerate(dev + test[: args.num_questions]):
+        for number, row in enumerate(dev + sample(test, args, args.num_questions or len(test))):
             subject = row["subject"].replace("_", " ")
             text = language["prompts"]["mmlu"].format(subject=subject)
             text += evaluation.in_words(language, row, OPTIONS)
@@ -205,13 +207,12 @@ def make_items(args, tokenizer):
                     fail(f"{key_of(item)}: two items have this id. Remove one")
                 items[key_of(item)] = (item, prompt, parts)
             if len(parts) > 1 and (saved["reference"] not in list("ABCD") or not all(parts)):
-                fail(f"{key_of(item)}: an option is no token, or no option is right. Repair it")
+                fail(f"{key_of(item)}: an option is empty, or the answer is not A to D. Repair it")
             length = len(prompt) + max(map(len, parts), default=args.max_new_tokens + 1) - 1
             if length > args.context:
                 what = f"{key_of(item)}: {length} tokens, of {args.context} at most"
                 fail(f"{what}. Lower --max-new-tokens, or remove it")
-            for ids in (prompt, *parts):
-                count.update(ids)
+            count.update(chain(prompt, *parts))
 
     check_unknown(tokenizer, count[tokenizer.unk_token_id], count.total(), args.data_dir, fail)
     return items
@@ -284,7 +285,7 @@ def generate(model, prompts, max_new_tokens, stop_ids, options):
 def make_batches(items, args):
     """Return [(number, items), ...] with at most --batch-tokens tokens each, padding included.
 
-    A batch has one task, side and run, in mrc and mmlu one set of examples, its longest item first.
+    A batch, longest item first, has one task, side and run, in mrc and mmlu one subject and shots.
     """
 
     def tokens(item):
@@ -386,12 +387,12 @@ def parse_args(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, names = parser.add_argument, ",".join(TASKS)
     add("--model", required=True, help="directory or hub id of an instruct model")
-    add("--lang", required=True, choices=sorted(LANGUAGES.keys() - {"en"}), help="target language")
+    add("--lang", required=True, type=language_code, help="code of the target language")
     add("--data-dir", required=True, help="directory with en/ and one for each target language")
     add("--out", required=True, type=Path, help="file to write, eval.json")
     add("--tasks", default="bpb,mcq,mt", help=f"some of {names} (default: bpb,mcq,mt)")
     add("--num-samples", type=int, default=500, help="items of bpb, mcq, mt, sum (default: 500)")
-    add("--num-questions", type=int, help="items of mrc and mmlu (default: all)")
+    add("--num-questions", type=int, help="random items of mrc and mmlu (default: all)")
     add("--runs", type=int, default=3, help="sampled runs of mt and sum (default: 3)")
     add("--greedy", action="store_true", help="one run without sampling and repetition penalty")
     add("--max-new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
@@ -423,9 +424,8 @@ def answer_all(args, folder, config, tokenizer, items, done, path):
     batched = instruct.can_batch(model, config, args.context, loglik, generate)
     if not distributed.from_rank_zero(batched):
         args.batch_tokens = 0  # one by one
-    batches = make_batches(items.values(), args)
     left = []
-    for number, batch in batches:
+    for number, batch in make_batches(items.values(), args):
         if not {key_of(saved) for saved, _, _ in batch} <= done.keys():
             left.append((number, batch))
     with tqdm(total=sum(len(batch) for _, batch in left), unit="item") as bar:
@@ -460,7 +460,7 @@ def evaluate(args):
     settings |= dict(date=str(DATE.date()), enable_thinking=False)
     versions = evaluation.versions_for(args.device)
     header = dict(format="ssu-eval-items", version=3, lang=args.lang, settings=settings)
-    header |= dict(versions=versions, code_sha256=evaluation.code_sha256("evaluate.py"))
+    header |= dict(versions=versions, code_sha256=evaluation.code_sha256(args.lang, "evaluate.py"))
 
     with locked(args.out):
         done = evaluation.read_items(items_path, header)
@@ -490,7 +490,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-tokens")
     except OSError as error:  # a missing file, a full disk
-        fail(f"{error.filename or ''} {error.strerror or error}")
+        fail(f"{error.filename or ''} {error.strerror or error}. Check --data-dir and free space")
     except KeyboardInterrupt:
         print("evaluate.py: interrupted. The same command continues", file=sys.stderr)
         raise SystemExit(130) from None

@@ -49,7 +49,7 @@ flock -n 9 || fail "another run works in $dir. Wait for it, or set RUNS"
 if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then prepare_embedded; fi
 [ "$PROFILE" = embedded ] ||
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
-require "${texts[@]}" "${score_inputs[@]}" "${chat_inputs[@]}"
+require "${texts[@]}" "${score_inputs[@]}" "${chat_inputs[@]}"; save_prompts
 [ ! -d "$MODEL" ] || model_sha256=$(sha256_of "$MODEL")
 
 train=(python train.py --model "$MODEL" --seed "$SEED" --steps "$STEPS" --precision "$PRECISION"

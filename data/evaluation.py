@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data.identity import sha256_of
-from data.rows import parse, read_languages
+from data.rows import LANGUAGES, parse
 from variants import distributed
 from variants.distributed import RANK
 
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = Path(sys.argv[0]).name
 SCRIPT = NAME if NAME == "chat_eval.py" else "evaluate.py"
 IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
-LANGUAGES = read_languages()
 
 
 def fail(message):
@@ -29,10 +29,12 @@ def fail(message):
     distributed.fail(message, SCRIPT)
 
 
-def code_sha256(*scripts):
-    """Return the sha256 of scripts, and of what writes their prompts."""
-    shared = ["data/evaluation.py", "data/instruct.py", "data/languages.json", "data/models.py"]
-    return sha256_of([ROOT / name for name in (*shared, *scripts)])
+def code_sha256(lang, *scripts):
+    """Return the sha256 of scripts, of what writes their prompts, and of the words for these."""
+    shared = ["data/evaluation.py", "data/instruct.py", "data/models.py"]
+    code = sha256_of([ROOT / name for name in (*shared, *scripts)])
+    words = json.dumps([LANGUAGES["en"], LANGUAGES[lang]])
+    return hashlib.sha256(f"{code} {words}".encode()).hexdigest()
 
 
 def versions_for(device):
@@ -81,9 +83,10 @@ def read_rows(args, side, name, columns, optional=False):
     return rows or fail(f"{path} is empty. Write one JSON object per line")
 
 
-def sample(rows, args):
-    """Return --num-samples random rows, in their order."""
-    chosen = random.Random(args.seed).sample(range(len(rows)), min(args.num_samples, len(rows)))
+def sample(rows, args, size=None):
+    """Return `size` random rows, --num-samples by default, in their order."""
+    size = min(size or args.num_samples, len(rows))
+    chosen = random.Random(args.seed).sample(range(len(rows)), size)
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -145,7 +148,7 @@ def key_of(saved):
     return saved["task"], saved["side"], saved["run"], saved["id"]
 
 
-def read_items(path, header):
+def read_items(path, header, key=key_of):
     """Return {key: record} of an interrupted run with the same header, or else nothing."""
     if RANK > 0 or not path.exists():
         return {}
@@ -153,7 +156,7 @@ def read_items(path, header):
     try:
         first, *found = map(json.loads, lines)
         if first == header:
-            return {key_of(saved): saved for saved in found}
+            return {key(saved): saved for saved in found}
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{path} is damaged ({error}). Delete it, or the line, to have that done again")
     print(f"{path} is of other settings, data, model, machine or versions: starting again")

@@ -90,6 +90,16 @@ def split(tokenizer, prompt, text, raw=False):
     return start + whole[:n], whole[n:]
 
 
+def split_all(tokenizer, prompt, texts, raw=False):
+    """Return the ids that prompt + text begins with for all of the texts, and what follows in each.
+
+    A text may join the end of the prompt in a token, and another not.
+    """
+    pairs = [split(tokenizer, prompt, text, raw) for text in texts]
+    before = min((before for before, _ in pairs), key=len)
+    return before, [(start + ids)[len(before) :] for start, ids in pairs]
+
+
 def shorten(tokenizer, text, room):
     """Return the beginning of a text, of `room` tokens at most."""
     ids = encode(tokenizer, text, raw=True)

@@ -29,10 +29,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import safety
-from data.rows import read_languages
+from data.rows import LANGUAGES, language_code
 
 HERE = Path(__file__).resolve().parent
-LANGUAGES = read_languages()
 FLORES = {
     "gated": ("openlanguagedata/flores_plus", None),
     "ungated": ("mteb/FloresBitextMining", "2144d16cc15edd22d4a9237d12bff5f31f5c07fc"),
@@ -315,8 +314,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    codes = sorted(LANGUAGES.keys() - {"en"})
-    add("lang", nargs="+", choices=codes, help="target languages, by code")
+    add("lang", nargs="+", type=language_code, help="target languages, by code")
     add("--out", type=Path, default=HERE / "paper", help="directory to write")
     add("--flores", choices=FLORES, default="ungated", help="version of FLORES+")
     add("--safety-eval", type=Path, help="clone of github.com/allenai/safety-eval, for t3.jsonl")

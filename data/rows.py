@@ -1,8 +1,10 @@
-"""One rule for every file of JSON Lines that a stage reads: a row is an object on one line."""
+"""What users write: JSON Lines, where a row is an object on one line, and languages.json."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from string import Formatter
 
 
 def parse(line):
@@ -39,8 +41,38 @@ def read_languages():
         for code, about in languages.items():
             if "name" not in about:
                 raise ValueError(f"{code} has no name")
-    except ValueError as error:
+            check_prompts(code, about.get("prompts", {}), languages["en"]["prompts"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         script = Path(sys.argv[0]).name
         print(f"{script}: error: {path} cannot be read: {error}. Correct it", file=sys.stderr)
         raise SystemExit(2) from None
     return languages
+
+
+def check_prompts(code, prompts, english):
+    """Raise ValueError if a prompt has another name or other fields than those of English."""
+    for name, prompt in prompts.items():
+        if name not in english:
+            raise ValueError(
+                f"{code} has a prompt {name}, which is not one of {', '.join(english)}"
+            )
+        needed, given = fields_of(english[name]), fields_of(prompt)
+        if not needed - {"X"} <= given <= needed:  # X: a prompt may write the language's name
+            raise ValueError(f"the prompt {name} of {code} has {given}, and needs {needed}")
+
+
+def fields_of(prompt):
+    """Return the names in braces."""
+    return {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+
+
+def language_code(code):
+    """Return the code of a target language, or raise what argparse prints."""
+    codes = sorted(LANGUAGES.keys() - {"en"})
+    if code not in codes:
+        what = f"{code!r} is not one of {' '.join(codes)}. Add it to data/languages.json"
+        raise argparse.ArgumentTypeError(what)
+    return code
+
+
+LANGUAGES = read_languages()

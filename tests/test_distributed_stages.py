@@ -188,7 +188,7 @@ def test_what_evaluate_refuses_is_one_line(llama, data, tmp_path, python):  # no
         return refusal(python, "evaluate.py", evaluating(llama, data, tmp_path / "e.json", *more))
 
     assert "--tasks bpb,sums" in refused("--tasks", "bpb,sums")
-    assert "invalid choice" in refused("--lang", "de")
+    assert "Add it to data/languages.json" in refused("--lang", "de")
     assert "nowhere/en/heldout.jsonl" in refused("--data-dir", "nowhere")
     (tmp_path / "e.json").write_text("{}")
     assert "no earlier run wrote it" in refused()

@@ -141,14 +141,27 @@ def test_the_end_of_text_is_not_unknown_where_one_token_is_both(olmo2):
     models.check_unknown(tokenizer, 50, 100, "text", files.fail)
 
 
-@pytest.mark.parametrize("content", ['{"sw": {"name": "Swahili"},}', '{"sw": {"flores": "x"}}'])
+LANGUAGES = {
+    '{"sw": {"name": "Swahili"},}': "double quotes",
+    '{"sw": {"flores": "x"}}': "sw has no name",
+    '{"sw": {"name": "Swahili", "prompts": {"mt": "{sentence}"}}}': "sw has a prompt mt, which is",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "Fupisha:"}}}': "the prompt sum of sw has set()",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "{txt}"}}}': "has {'txt'}, and needs {'text'}",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "{text"}}}': "expected '}'",
+    '{"sw": {"name": "Swahili", "prompts": ["{text}"]}}': "no attribute",
+}
+
+
+@pytest.mark.parametrize("content", LANGUAGES)
 def test_mistakes_in_languages_json_are_one_line(content, tmp_path, capsys):
     shutil.copy(ROOT / "data/rows.py", tmp_path)
-    (tmp_path / "languages.json").write_text(content)
+    english = (ROOT / "data/languages.json").read_text().split(' "ne": {')[0].rstrip()
+    (tmp_path / "languages.json").write_text(english + content.removeprefix("{"))
     with pytest.raises(SystemExit) as error:
-        runpy.run_path(tmp_path / "rows.py")["read_languages"]()
+        runpy.run_path(tmp_path / "rows.py")
     (line,) = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and "languages.json cannot be read: " in line
+    assert LANGUAGES[content] in line
 
 
 def test_the_end_of_text_of_gemma_is_not_a_tag():

@@ -5,47 +5,29 @@ follow from the prompts alone, and what is saved is not asked again.
 """
 
 import argparse
-import json
-import os
 
 import torch
 from tqdm import tqdm
 
 import evaluate
+from data import evaluation
 
 
-def read_done(path, header, fail):
-    """Return the finished items, {(task, run, id): item}, of a run with the same header."""
-    done = {}
-    if not os.path.exists(path):
-        return done
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    if lines[:1] != [json.dumps(header) + "\n"]:
-        print(f"{path} is of other settings, data or model: starting again")
-        return done
-    for line in lines[1:]:
-        try:
-            item = json.loads(line)
-            done[item["task"], item["run"], item["id"]] = item
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{path} is damaged ({error}). Delete it to start again")
-    return done
+def key_of(item):
+    """Return what tells an item from all others."""
+    return item["task"], item["run"], item["id"]
 
 
-def resume(path, header, fail):
+def resume(path, header):
     """Return the finished items of a file, {key: item}, and a function that saves one more."""
-    done = read_done(path, header, fail)
-    lines = [json.dumps(header), *map(json.dumps, done.values())]
-    evaluate.write_atomically(path, "\n".join(lines) + "\n")
+    done = evaluation.read_items(path, header, key_of)
+    evaluation.write_atomically(path, evaluation.to_lines([header, *done.values()]))
 
     def save(item):
-        key = item["task"], item["run"], item["id"]
-        if key in done:  # of a batch that was saved in part
+        if key_of(item) in done:  # of a batch that was saved in part
             return
-        done[key] = item
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(item) + "\n")
+        done[key_of(item)] = item
+        evaluation.append(path, [item])
 
     return done, save
 

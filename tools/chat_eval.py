@@ -33,8 +33,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
-from data.evaluation import check_out, code_sha256, versions_for
+from data.evaluation import check_out, code_sha256, fail, versions_for
 from data.identity import git_commit, sha256_of
+from data.rows import language_code
 from evaluate import GREEDY, SAMPLING, write_atomically
 from tools import judged
 from tools.answers import ask_all, resume
@@ -58,12 +59,6 @@ CHAT_PROMPTS = (
 )
 
 
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print("chat_eval.py: error:", " ".join(str(message).split())[:500], file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parse_args(argv=None):
     def tasks(text):
         asked = text.split(",")
@@ -78,8 +73,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--model", required=True, help="directory of a checkpoint, or hub id")
-    codes = sorted(evaluate.LANGUAGES.keys() - {"en"})
-    add("--lang", required=True, choices=codes, help="target language")
+    add("--lang", required=True, type=language_code, help="target language")
     add("--data-dir", required=True, help="directory with en/ and the target language")
     add("--out", required=True, type=Path, help="chat.json to write")
     add("--tasks", type=tasks, default=list(TASKS[1:5]), help=f"some of {','.join(TASKS)}")
@@ -371,8 +365,8 @@ def run(args):
     check_out(items_path, "ssu-chat-items")
     args.files = []
     rows, odds = read_texts(args)
-    texts = judged.read(args, fail)
-    judged.check_access(args, fail)
+    texts = judged.read(args)
+    judged.check_access(args)
     folder, model_sha256 = instruct.find_model(args.model)
     config, tokenizer = instruct.load_tokenizer(folder)
     english = None
@@ -383,9 +377,9 @@ def run(args):
     context = evaluate.context_of(config)
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
-    judges = {task: judged.find_judge(task, args, fail) for task in texts}
+    judges = {task: judged.find_judge(task, args) for task in texts}
     for task, judge in judges.items():
-        judged.check_contexts(task, texts[task], tokenizer, context, judge, args, fail)
+        judged.check_contexts(task, texts[task], tokenizer, context, judge, args)
     instruct.choose_device(args)
 
     # An interrupted run continues only with the same of all this
@@ -395,11 +389,11 @@ def run(args):
     header["model_sha256"] = model_sha256
     header["data_sha256"] = sha256_of(args.files)
     scripts = [f"tools/{name}.py" for name in ("chat_eval", "answers", "judged")]
-    header["code_sha256"] = code_sha256("evaluate.py", *scripts)
+    header["code_sha256"] = code_sha256(args.lang, "evaluate.py", *scripts)
     header["versions"] = versions_for(args.device)
     if judges:
         header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
-    items = resume(items_path, header, fail)
+    items = resume(items_path, header)
     done, _ = items
 
     # Answer and judge, and save each item
@@ -413,7 +407,7 @@ def run(args):
             write_for_judge(path, rows, number, done, args.model)
     for task, judge in judges.items():
         free_models()
-        judged.judge_all(judge, task, texts[task], args, items, fail)
+        judged.judge_all(judge, task, texts[task], args, items)
 
     results = summarize(done, args, english, odds)
     for task, (*_, sha256) in judges.items():

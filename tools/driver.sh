@@ -116,7 +116,14 @@ run() {  # COMMAND...: run it in a process group of its own, so that a signal en
     fi
 }
 
-prompt_files=(data/languages.json data/{evaluation,instruct,models}.py)  # what writes the prompts
+prompt_files=(data/{evaluation,instruct,models}.py)  # what writes the prompts
+save_prompts() {  # write the prompts' words, so that another language in languages.json changes none
+    prompt_files+=("$dir/prompts.json")
+    python -c "import json, sys
+languages = json.load(open('data/languages.json', encoding='utf-8'))
+json.dump([languages['en'], languages[sys.argv[1]]], sys.stdout, indent=1)" "$lang" \
+        > "$dir/prompts.json"
+}
 several=(train.py score.py evaluate.py)  # the stages that several processes can run
 launch() {  # python SCRIPT OPTION...: run a stage, by NPROC processes if it can
     local processes=1

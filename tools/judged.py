@@ -23,6 +23,7 @@ from huggingface_hub.errors import HTTPError
 
 import evaluate
 from data import instruct, models
+from data.evaluation import fail
 from data.safety import WANTED
 from tools.answers import ask_all
 
@@ -220,7 +221,7 @@ def t3_scores(rows, labels, whole):
 # ---- What can be refused before any model is loaded ----------------------------------------------
 
 
-def read_mtb(args, fail):
+def read_mtb(args):
     """Return the questions of en/mtb.jsonl."""
     rows = evaluate.read_rows(args, "source", "mtb", ["question_id", "category"])
     for row in rows:
@@ -231,14 +232,14 @@ def read_mtb(args, fail):
             if not right or not all(isinstance(text, str) for text in texts):
                 wanted = " or ".join(map(str, sizes))
                 fail(f"{where}: `{name}` must be a list of {wanted} strings. Repair it")
-    return unique(rows, "question_id", "en/mtb.jsonl", fail)[: args.num_questions]
+    return unique(rows, "question_id", "en/mtb.jsonl")[: args.num_questions]
 
 
-def read_t3(args, fail):
+def read_t3(args):
     """Return the prompts of en/t3.jsonl: all, or the first --num-questions of each part."""
     columns = ["id", "task", "want", "prompt", "judged"]
     parts = {part: [] for part in WANTED}
-    for row in unique(evaluate.read_rows(args, "source", "t3", columns), "id", "en/t3.jsonl", fail):
+    for row in unique(evaluate.read_rows(args, "source", "t3", columns), "id", "en/t3.jsonl"):
         if row["want"] not in WANTED.get(row["task"], ()):
             pair = f"task {row['task']} and want {row['want']}"
             fail(f"en/t3.jsonl: {row['id']} has {pair}. Make it with data/prepare_paper.py")
@@ -251,7 +252,7 @@ def read_t3(args, fail):
     return rows
 
 
-def unique(rows, column, name, fail):
+def unique(rows, column, name):
     """Return the rows, each with an id of its own."""
     names = [row[column] for row in rows]
     if len(set(names)) < len(names):
@@ -259,13 +260,13 @@ def unique(rows, column, name, fail):
     return rows
 
 
-def read(args, fail):
+def read(args):
     """Return {task: rows} of what is asked for."""
     readers = {"mtb": read_mtb, "t3": read_t3}
-    return {task: readers[task](args, fail) for task in JUDGES if task in args.tasks}
+    return {task: readers[task](args) for task in JUDGES if task in args.tasks}
 
 
-def check_access(args, fail):
+def check_access(args):
     """Fail if the hub does not let this account read a judge."""
     for task in JUDGES:
         name = getattr(args, f"{task}_judge")
@@ -279,7 +280,7 @@ def check_access(args, fail):
             fail(f"the hub did not give {name}: {advice}, or choose another {option} ({error})")
 
 
-def find_judge(task, args, fail):
+def find_judge(task, args):
     """Return the folder, config, tokenizer and sha256 of a judge."""
     folder, digest = instruct.find_model(getattr(args, f"{task}_judge"))
     skeleton, tokenizer = models.load_skeleton(folder, fail)
@@ -305,7 +306,7 @@ def tokens_needed(task, rows, tokenizer, judge_tokenizer):
     return sizes[-1 - len(rows) // 100] + 1, judged + ANSWER_TOKENS[task] + JUDGMENT_TOKENS[task]
 
 
-def check_contexts(task, rows, tokenizer, context, judge, args, fail):
+def check_contexts(task, rows, tokenizer, context, judge, args):
     """Fail if what is asked of the model or of the judge does not fit its context."""
     _, config, judge_tokenizer, _ = judge
     judge_context = evaluate.context_of(config)
@@ -383,7 +384,7 @@ def answer_all(loaded, task, rows, args, items):
         ask_all(loaded, task, run, asked, tokens, sampling, args, items, first=len(rows))
 
 
-def load_judge(judge, task, args, fail):
+def load_judge(judge, task, args):
     """Load a judge for ask_all."""
     folder, config, tokenizer, _ = judge
     if task == "mtb":
@@ -397,7 +398,7 @@ def load_judge(judge, task, args, fail):
     return model, tokenizer, ends, batched, context
 
 
-def judge_all(judge, task, rows, args, items, fail):
+def judge_all(judge, task, rows, args, items):
     """Let the judge of a task judge all answers that it has not judged yet."""
     done, _ = items
     name = getattr(args, f"{task}_judge")
@@ -405,7 +406,7 @@ def judge_all(judge, task, rows, args, items, fail):
     print(f"{name}: {len(left)} answers of {task} to judge")
     if not left:
         return
-    loaded = load_judge(judge, task, args, fail)
+    loaded = load_judge(judge, task, args)
     _, tokenizer, *_ = loaded
     sampling = evaluate.GREEDY if args.greedy else JUDGE_SAMPLING[task]
     for run in range(args.runs if task == "mtb" else 1):

@@ -24,8 +24,8 @@ import os
 import re
 from pathlib import Path
 
-from data.evaluation import LANGUAGES
-from evaluate import write_atomically
+from data.evaluation import write_atomically
+from data.rows import LANGUAGES
 from tools import pictures, statements
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name, in_order

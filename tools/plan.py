@@ -20,9 +20,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.rows import read_languages
+from data.rows import language_code
 
-LANGUAGES = read_languages()
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 # Methods of run_all.sh: those without a ratio, then the others.
@@ -86,9 +85,8 @@ def parse_args(argv=None):
     add("--gpus", type=int, default=1, help="GPUs that share the training, or processes on a CPU")
     add("--gradient-checkpointing", action="store_true", help="recomputation of activations")
     run = parser.add_argument_group("a run of run_all.sh").add_argument
-    codes = sorted(LANGUAGES.keys() - {"en"})
     run("--check", action="store_true", help="check of the options alone, without a plan")
-    run("--lang", choices=codes, help="code of the target language")
+    run("--lang", type=language_code, help="code of the target language")
     run("--profile", choices=["embedded", "paper"], default="paper", help="profile of run_all.sh")
     help_methods = "methods (none: evaluation alone)"
     defaults = ["fft", "ssu-wanda"]

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from torch import broadcast_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.evaluation import write_atomically
 from data.identity import digest_of
-from evaluate import LANGUAGES, write_atomically
+from data.rows import LANGUAGES
 from tools import page, pictures
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name

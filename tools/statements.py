@@ -14,7 +14,7 @@ tested by itself.
 import math
 import statistics
 
-from data.evaluation import LANGUAGES
+from data.rows import LANGUAGES
 from tools.evaluations import fail
 from tools.methods import display_name
 from tools.tables import MT, PAPER, TABLE_2, look_up, markdown, paper_changes

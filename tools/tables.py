@@ -8,7 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
-from data.evaluation import LANGUAGES
+from data.rows import LANGUAGES
 from tools.methods import display_name
 
 PAPER = json.loads(Path(__file__).with_name("paper_numbers.json").read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 
 from data.blocks import MADLAD, MADLAD_REVISION
-from data.evaluation import LANGUAGES, write_atomically
+from data.evaluation import write_atomically
+from data.rows import LANGUAGES
 from variants.distributed import RANK
 
 START, END = "<!-- results, by tools/report.py -->", "<!-- end of results -->"
