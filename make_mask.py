@@ -1,4 +1,4 @@
-r"""Stage 2 of SSU: freeze the top k% columns of every matrix (paper, Section 3.2).
+r"""Stage 2 of SSU: freeze the top k% of the columns of every matrix (paper, Section 3.2).
 
 A mask is 1 where a weight is trained and 0 where it is frozen. In each parameter, the columns are
 ranked by their importance S_j (score.py), and the int(ratio * columns) highest are frozen. No
@@ -9,9 +9,9 @@ parameter is compared with another. Of equal scores, the lower index is frozen f
     python make_mask.py --method hft --model data/embedded/model --out runs/ne/hft/mask.safetensors
 
 HFT (Section 4.4) and S2FT (Section 6) choose at random, and need no scores. The paper does not say
-whether S2FT trains embeddings and LM head: s2ft-down-embeddings does, as the authors' code. LoTA
-(Section 6) trains the weights that moved furthest: --freeze lowest. Masks are made on a CPU. They
-are uint8, in the smallest shape that broadcasts onto the parameter: [1, d_in] for columns,
+whether S2FT trains embeddings and LM head: s2ft-down-embeddings does, as the authors' code does.
+LoTA (Section 6) trains the weights that moved furthest: --freeze lowest. Masks are made on a CPU.
+They are uint8, in the smallest shape that broadcasts onto the parameter: [1, d_in] for columns,
 [d_out, 1] for rows, [d_out, d_in] for elements, [1, 1] or [1] for a whole parameter, [d] for a 1-D
 parameter.
 """
@@ -55,12 +55,16 @@ def parse_args(argv):
     add("--ratio", type=float, help="fraction to freeze, 0 to 1 (default: 0.5; S2FT: 0.985)")
     freeze = "scores to freeze (default: highest; of delta scores: lowest)"
     add("--freeze", choices=["highest", "lowest"], help=freeze)
-    add("--freeze-chat-tokens", action="store_true", help="rows of the chat tokens are frozen too")
+    add(
+        "--freeze-chat-tokens",
+        action="store_true",
+        help="freeze the chat template's token rows, too",
+    )
     add("--seed", type=int, default=42, help="seed of the random choices of --method")
     args = parser.parse_args(argv)
 
     if bool(args.scores) == bool(args.method) or bool(args.method) != bool(args.model):
-        fail("it is unclear what to mask. Give --scores FILE, or --method and --model")
+        fail("these do not say what to mask. Give --scores FILE alone, or --method and --model")
     if args.method and args.freeze:
         fail(f"--method {args.method} has no scores. Remove --freeze")
     if args.ratio is None:
@@ -142,10 +146,11 @@ def hft_masks(model, ratio, seed):
     return masks
 
 
-def s2ft_masks(model, ratio, seed, kinds):
+def s2ft_masks(model, ratio, seed, method):
     """Return the masks of S2FT (Section 6, Table 8; Yang et al. 2024): only 1 - ratio of the input
-    channels of each down_proj and, if kinds has it, of the heads of each o_proj is trained.
+    channels of each down_proj and, in s2ft-down-output, of the heads of each o_proj is trained.
     """
+    kinds = ["down_proj", "o_proj"] if method == "s2ft-down-output" else ["down_proj"]
     rng = random.Random(seed)
     masks = {n: torch.zeros((1,) * p.dim(), dtype=torch.uint8) for n, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -165,7 +170,8 @@ def s2ft_masks(model, ratio, seed, kinds):
             fail(f"S2FT trains {kind}, which {model.config.model_type} lacks. Use another method")
         if not any(mask.any() for name, mask in masks.items() if f"{kind}.weight" in name):
             fail(f"--ratio {ratio} trains no column of any {kind}. Lower it")
-    return masks
+    always = embeddings_and_head(model) if method == "s2ft-down-embeddings" else set()
+    return {name: mask for name, mask in masks.items() if name not in always}
 
 
 def chat_token_ids(tokenizer):
@@ -182,8 +188,8 @@ def chat_token_ids(tokenizer):
     fail("--freeze-chat-tokens: the chat template is missing or fails. Use a chat model")
 
 
-def print_frozen(masks, shapes):
-    """Print how much of each kind of parameter is frozen. Return the fraction of all weights."""
+def count_frozen(masks, shapes):
+    """Return the fraction of all weights that is frozen, and print it for each kind of them."""
     weights, frozen = Counter(), Counter()
     for name, mask in masks.items():
         kind = re.sub(r"\.\d+\.", ".*.", name)
@@ -196,7 +202,7 @@ def print_frozen(masks, shapes):
 
 def main(argv=None):
     args = parse_args(argv)
-    print(f"freeze {args.ratio:.1%}, chosen by {args.method or args.scores}")
+    print(f"ratio {args.ratio:.1%}, chosen by {args.method or args.scores}")
     if args.scores:
         scores, about, shapes = read_scores(args.scores)
         default = "lowest" if about["method"] == "delta" else "highest"
@@ -212,11 +218,7 @@ def main(argv=None):
         if args.method == "hft":
             masks = hft_masks(model, args.ratio, args.seed)
         else:
-            kinds = ["down_proj", "o_proj"] if args.method.endswith("output") else ["down_proj"]
-            masks = s2ft_masks(model, args.ratio, args.seed, kinds)
-            if args.method == "s2ft-down-embeddings":  # as in the authors' code
-                for name in embeddings_and_head(model):
-                    del masks[name]
+            masks = s2ft_masks(model, args.ratio, args.seed, args.method)
 
     # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 20)
     if args.freeze_chat_tokens:
@@ -231,7 +233,7 @@ def main(argv=None):
                 masks[name][ids] = 0
 
     about |= {"format": "ssu-mask", "version": "1", "ratio": str(args.ratio)}
-    fraction = print_frozen(masks, shapes)
+    fraction = count_frozen(masks, shapes)
     about |= {"frozen_fraction": f"{fraction:.6f}", "tensors_sha256": digest_of(masks)}
     try:
         save_tensors(args.out, masks, about)

@@ -1,7 +1,7 @@
-r"""Stage 1 of SSU: score how much the source language needs each weight column (Section 3.1).
+r"""Stage 1 of Source-Shielded Updates (SSU): score how much English needs each weight column.
 
-An instruct model reads source-language (English) calibration text. Wanda gives every weight an
-importance, and the score of a column is the sum over its weights:
+An instruct model reads calibration text of the source language, English (Section 3.1). Wanda gives
+every weight an importance, and the score of a column is the sum over its weights:
 
     s_ij = |theta_ij| * ||X_j||_2,    S_j = sum_i s_ij          (Sections 3.1 and 3.2)
 
@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -120,12 +119,12 @@ def scored_parameters(model):
 
 
 def input_reader(name, module, x):
-    """Return (read, divisor): up to its sign, the weight multiplies read(input, output) / divisor.
+    """Return (read, divisor). The weight multiplies read(inputs, output) / divisor, up to its sign.
 
     x is one input, to try it on. Fail if the module is neither nn.Linear nor a norm.
     """
     if isinstance(module, nn.Linear):
-        return lambda x, output: x, 1.0
+        return lambda inputs, output: inputs, 1.0
 
     # A norm is affine in its weight, norm(x) = weight * x_hat + rest, so two weights give x_hat.
     # This holds for RMSNorm and LayerNorm, and for norms that scale by 1 + weight.
@@ -139,8 +138,8 @@ def input_reader(name, module, x):
 
     # For an RMSNorm, output / weight is x_hat, and nothing needs to be computed again.
     if rest.any() or not module.weight.all():
-        return lambda x, output: at_1.forward(x) - at_0.forward(x), 1.0
-    return lambda x, output: output, module.weight.abs()
+        return lambda inputs, output: at_1.forward(inputs) - at_0.forward(inputs), 1.0
+    return lambda inputs, output: output, module.weight.abs()
 
 
 @torch.inference_mode()
@@ -166,16 +165,10 @@ def input_norms(model, owners, tokens, batch_size):
             last.update(x=x, sum=squared.new_ones(len(squared)) @ squared)
         squares[name] = squares.get(name, 0) + last["sum"]
 
-    model.decode = model.base_model.forward
-    register_fsdp_forward_method(model, "decode")  # gathers weights that the ranks share
-    batches = tokens.split(batch_size)
-    if isinstance(model, FSDPModule):  # each rank reads all batches
-        batches = tqdm(batches, desc="calibrate", unit="batch")
-    else:
-        batches = distributed.in_order(batches, squares, "batch")
+    decode = distributed.decoder_of(model)
     hooks = [module.register_forward_hook(add) for module in names]
-    for batch in batches:
-        model.decode(input_ids=batch.to(model.device), use_cache=False)
+    for batch in distributed.batches_of(model, tokens.split(batch_size), squares):
+        decode(input_ids=batch.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
 
@@ -206,7 +199,7 @@ def element_scores(method, weight, x_norm, num_tokens, adapted):
 
 
 def sum_along(axis, s):
-    """Return the sum of each column [d_in] or row [d_out] of s [d_out, d_in] (Table 3), or s."""
+    """Sum s [d_out, d_in] over each column or row (Table 3), but leave elements and vectors."""
     if axis == "element" or s.dim() == 1:
         return s
     return s.sum(0) if axis == "column" else s.sum(1)
@@ -323,7 +316,7 @@ def run(args):
     if RANK > 0:
         return
     if missing := sorted(owners.keys() - scores.keys()):
-        fail(f"{missing[:3]} received no calibration tokens. For experts, add --num-samples")
+        fail(f"the model does not call {missing[:3]} as modules. Choose another model")
     scores = {name: score.contiguous().cpu() for name, score in scores.items()}
     if not 0 < sum(score.double().sum().item() for score in scores.values()) < float("inf"):
         fail("the scores are all 0, or not finite. Check the weights, --adapted and --dtype")

@@ -1,5 +1,4 @@
-r"""Stage 3 of Source-Shielded Updates (SSU): continue pre-training on target-language text, with
-the weights that a mask selects frozen.
+r"""Stage 3 of SSU: continue pre-training on raw target-language text, under a mask (Section 3.3).
 
 The objective is ordinary causal language modeling on raw text (Section 3.3, Table 8). For a static
 mask, the method is one line between the backward pass and gradient clipping:
@@ -25,7 +24,8 @@ On four GPUs, the same run: torchrun --nproc_per_node=4 train.py ...
 OUT/train.jsonl begins with the settings and ends with a count of weights. Between them, the lines
 have:
     step, lr, tokens                  tokens: trained on so far
-    loss, grad_norm                   nats per token, mean of the step; masked, before clipping
+    loss                              nats per token, mean of the step
+    grad_norm                         of the gradients that the mask leaves, before clipping
     ms_per_step, tokens_per_second    since the start or --resume, without evaluation and saving
     peak_memory                       bytes
     {source,target}_{loss,bpb}        held-out text, chats whole: nats per token, bits per byte
@@ -69,15 +69,20 @@ def parse_args(argv=None):  # noqa: C901
     add = parser.add_argument_group("hyperparameters (defaults: Table 8)").add_argument
     add("--steps", type=int, default=12208, help="optimizer steps")
     add("--batch-size", type=int, default=32, help="sequences per optimizer step")
-    add("--micro-batch-size", type=int, default=4, help="sequences per forward pass")
+    add("--micro-batch-size", type=int, default=4, help="sequences per forward pass (ours)")
     add("--seq-len", type=int, default=512, help="tokens per sequence")
     add("--lr", type=float, default=5e-5, help="peak rate: linear warmup, cosine decay to 0")
     add("--warmup-ratio", type=float, default=0.05, help="fraction of the steps used for warmup")
     add("--weight-decay", type=float, default=0.01, help="decoupled decay of trainable matrices")
-    add("--max-grad-norm", type=float, default=1.0, help="clipping threshold (0: no clipping)")
-    add("--gmt-ratio", type=float, help="GMT: fraction of each gradient to drop (paper: 0.5)")
+    add("--max-grad-norm", type=float, default=1.0, help="clipping threshold, 0: none (ours)")
+    add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, --micro-batch-size 8)")
     add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
-    add("--seed", type=int, default=42, help="seed of the order of sequences")
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of the order of sequences, dropout, random rounding",
+    )
     add = parser.add_argument_group("precision, memory and speed").add_argument
     precision = "autocast over fp32 weights (bf16, fp16); bf16 weights, fp32 moments (bf16-true)"
     add("--precision", choices=PRECISIONS, default="bf16", help=precision)
@@ -159,11 +164,14 @@ def build_model(args, masks, skeleton, directory):
 
 
 def learning_rate(step, args):
-    """Return the rate of step `step` (from 0): linear warmup from 0, cosine decay (Table 8)."""
+    """Return the rate of a step (from 0): linear warmup, in which step 0 moves nothing, and cosine
+    decay (Table 8).
+    """
     warmup = math.ceil(args.steps * args.warmup_ratio)
     if step < warmup:
         return args.lr * step / warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+    progress = (step - warmup) / (args.steps - warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def next_token_loss(model, tokens):
@@ -195,12 +203,12 @@ def heldout_losses(step, model, heldout, args, autocast):
     values = {}
     model.eval()
     for side, (sequences, counts) in heldout.items():
-        count = min(len(sequences), max(1, args.eval_tokens // args.seq_len))
-        chosen = np.linspace(0, len(sequences) - 1, count).astype(int)
+        size = min(len(sequences), max(1, args.eval_tokens // args.seq_len))
+        chosen = np.linspace(0, len(sequences) - 1, size).astype(int)
         nats = 0.0
         for tokens in sequences[chosen]["input_ids"].to(args.device).split(args.micro_batch_size):
             with autocast():
-                nats += next_token_loss(model, tokens).item() / (count * (args.seq_len - 1))
+                nats += next_token_loss(model, tokens).item() / (size * (args.seq_len - 1))
         bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]
         values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
         tqdm.write(f"step {step}: {side} {bits:.4f} bits per byte, {nats:.4f} nats per token")
@@ -251,21 +259,15 @@ def decay_weights(decayed, lr_times_decay):
 def verify_and_copy(model, source, masks):
     """Check that frozen weights did not move, and copy trained ones into source.
 
-    source: {parameter name: fp32 weights of the source model}. A weight that equals the source's
-    after rounding to the training dtype keeps the source's value, so that no rounding error is
-    saved. Return the numbers of frozen, trainable and moved weights.
+    source: {parameter name: fp32 weights of the source model}. Return the numbers of frozen,
+    trainable and moved weights.
     """
     counts = torch.zeros(3, dtype=torch.int64)
     columns = compact.trained_columns(model)
     for name, before in source.items():
         p = model.get_parameter(name)
         before = distributed.local(before)
-        now = distributed.local(compact.as_in_source(model, name)).to(before.device)
-        after = torch.where(now == before.to(now.dtype), before, now.float())
-        if name in columns:
-            index, copies = (tensor.to(before.device) for tensor in columns[name])
-            old = before[:, index]
-            after[:, index] = torch.where(copies == old.to(copies.dtype), old, copies.float())
+        after = compact.in_fp32(model, name, before, columns)
         changed = after.view(torch.int32) != before.view(torch.int32)
         mask = distributed.local(distributed.like(masks.get(name, torch.ones(1)), p))
         update = mask.to(after.device).bool().expand(after.shape)
@@ -280,11 +282,12 @@ def verify_and_copy(model, source, masks):
 
 def prove_and_save(args, model, masks, skeleton, directory):
     """Compare frozen weights with the source model, then write OUT/model."""
-    dtype, whole = skeleton.config.dtype or torch.float32, skeleton
+    dtype = skeleton.config.dtype or torch.float32
     if WORLD == 1:
         whole = files.load_model(args.model, directory, dtype=torch.float32)
         source = {name: p.detach() for name, p in whole.named_parameters()}
     else:
+        whole = skeleton
         source = distributed.read_source(model, args.model, directory)
     if not files.is_exact(source, dtype):
         dtype = torch.float32  # config.json names a coarser dtype, which would round frozen weights
@@ -313,7 +316,7 @@ def check_finite(step, loss, norm, scaler):
     A non-finite gradient shows in the norm even where it is masked, because inf * 0 is NaN.
     """
     finite = bool(torch.isfinite(norm))
-    if not torch.isfinite(loss) or not (finite or scaler.get_scale() > 1):
+    if not torch.isfinite(loss) or (not finite and scaler.get_scale() <= 1):  # 1 unless fp16
         what = f"loss {loss.item()}, gradient norm {norm.item()}"
         fail(f"step {step + 1}: {what}. Lower --lr; what was saved before is intact")
     return finite
@@ -347,7 +350,7 @@ def train(args, model, masks, sequences, heldout, settings):
     for step in range(start, args.steps):
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # of dropout, if there is any
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # dropout, random rounding
 
         # Forward and backward, accumulated over micro-batches
         indices = batch_indices(step, args.batch_size, len(sequences), args.seed)
@@ -420,8 +423,9 @@ def run(args):
     if args.resume:
         files.check_checkpoint(args.out, settings)
 
-    first = sequences[batch_indices(0, 1, len(sequences), args.seed)[0]]["input_ids"]
-    files.print_plan(args, skeleton, masks, len(sequences), tokenizer.decode(first))
+    first = batch_indices(0, 1, len(sequences), args.seed)[0]
+    text = tokenizer.decode(sequences[first]["input_ids"])
+    files.print_plan(args, skeleton, masks, len(sequences), text)
 
     # Train, prove, save
     with files.locked(args.out, args.resume):
@@ -437,7 +441,7 @@ def main(argv=None):
     try:
         run(args)
     except (OSError, SafetensorError) as error:  # a full disk, for instance
-        fail(f"what was saved before is intact, but: {error}")
+        fail(f"a file cannot be read or written ({error}). What was saved before is intact")
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --micro-batch-size, or add --gradient-checkpointing or --compact")
     except KeyboardInterrupt:

@@ -153,6 +153,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     cache = hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:32]
 
     documents = load_documents(flag, data, tokenizer, cache)
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # not on macOS
     ids = {"input_ids": List(Value("int32"))}
     numbers = dict.fromkeys(("tokens", "unknown", "bytes", "words"), Value("int64"))
     tokens = documents.map(
@@ -160,7 +161,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "end_id": end_id},
         remove_columns=documents.column_names,
-        num_proc=min(os.cpu_count(), 1 + len(documents) // 10_000),
+        num_proc=min(len(allowed(0)), 1 + len(documents) // 10_000),
         features=Features(ids | numbers),
         new_fingerprint=f"{cache}-counted",
         desc=f"tokenize {flag}",

@@ -24,7 +24,7 @@ def find_model(name):
         wanted = [f"*{kind}" for kind in kinds]
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
-        except (OSError, ValueError) as error:
+        except models.BAD_MODEL as error:
             fail(f"model {name} is not a directory, and the hub did not give it: {error}")
     return folder, sha256_of([path for path in folder.iterdir() if path.suffix in kinds])
 

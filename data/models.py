@@ -8,7 +8,7 @@ import types
 from functools import lru_cache
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -23,7 +23,7 @@ from transformers.utils import chat_template_utils
 
 # What transformers raises for files that are missing, damaged, or of another kind of model.
 BAD_MODEL = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
-BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError)
+BAD_MODEL += (ArithmeticError, AssertionError, SafetensorError, StrictDataclassError, HTTPError)
 NO_LIMIT = 2**40  # positions
 # Not the end of a chat turn. In Gemma's vocabulary, "</s>" is a tag of HTML.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "<EOS_TOKEN>", "</s>")

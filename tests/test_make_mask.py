@@ -273,9 +273,9 @@ def test_which_arguments_belong_together(olmo2, scores, tmp_path, refused):
     out = ["--out", tmp_path / "m"]
     hft = ["--method", "hft", "--model", olmo2]
     s2ft = ["--method", "s2ft-down-output", "--model", olmo2]
-    assert "unclear" in refused(make_mask.main, *out)
-    assert "unclear" in refused(make_mask.main, *out, "--scores", scores, *hft)
-    assert "unclear" in refused(make_mask.main, *out, "--method", "hft")
+    assert "what to mask" in refused(make_mask.main, *out)
+    assert "what to mask" in refused(make_mask.main, *out, "--scores", scores, *hft)
+    assert "what to mask" in refused(make_mask.main, *out, "--method", "hft")
     assert "Remove --freeze" in refused(make_mask.main, *out, *hft, "--freeze", "lowest")
     # 1.5% of 48 channels
     assert "no column of any down_proj" in refused(make_mask.main, *out, *s2ft)

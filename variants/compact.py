@@ -156,6 +156,23 @@ def as_in_source(model, name):
     return p
 
 
+def in_fp32(model, name, before, columns):
+    """Return a parameter in fp32 and in the source's order of columns, on the device of `before`.
+
+    before: the source's fp32 weights, or this rank's rows of them. columns: of trained_columns.
+    """
+    after = unrounded(local(as_in_source(model, name)).to(before.device), before)
+    if name in columns:
+        index, copies = (tensor.to(before.device) for tensor in columns[name])
+        after[:, index] = unrounded(copies, before[:, index])
+    return after
+
+
+def unrounded(now, before):
+    """Return `now` in fp32, but `before` where they differ by rounding alone."""
+    return torch.where(now == before.to(now.dtype), before, now.float())
+
+
 @torch.no_grad()
 def fill_columns(model, masks, source):
     """Fill columns and indices of a model that was built without weights, from {name: weight}."""

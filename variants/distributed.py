@@ -20,11 +20,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -201,17 +207,17 @@ def read_source(model, name, directory, dtype=torch.float32):
 
     Each rank reads its rows from the safetensors files.
     """
-    if not Path(name).is_dir():
-        with rank_zero_first():  # directory: that of a commit
-            snapshot_download(name, revision=directory.name, allow_patterns="*.safetensors")
     source = {}
     for key, p in model.named_parameters():
         if not key.endswith(".columns"):
             source[key] = torch.zeros_like(p, dtype=dtype, device=p.device).detach()
     try:
+        if not Path(name).is_dir():
+            with rank_zero_first():  # directory: that of a commit
+                snapshot_download(name, revision=directory.name, allow_patterns="*.safetensors")
         with one_error():
             dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
-    except OSError as error:
+    except (OSError, ValueError, HTTPError) as error:
         fail(f"--model {name}: cannot be read by several ranks ({error}). Start without torchrun")
     return source
 
@@ -317,6 +323,20 @@ def check_alike(values):
     for what, value in from_rank_zero(values).items():
         if values.get(what) != value:
             fail(f"{what} is {values.get(what)}, but {value} on rank 0. Give all the same")
+
+
+def decoder_of(model):
+    """Return the forward pass of a model without its head. It gathers what the ranks share."""
+    model.decode = model.base_model.forward
+    register_fsdp_forward_method(model, "decode")
+    return model.decode
+
+
+def batches_of(model, batches, sums):
+    """Yield what `in_order` does, but all batches where the ranks share the model's weights."""
+    if isinstance(model, FSDPModule):
+        return tqdm(batches, desc="calibrate", unit="batch")
+    return in_order(batches, sums, "batch")
 
 
 def in_order(batches, sums, unit):

@@ -417,8 +417,9 @@ def newest_checkpoint(out):
 
 def remove_checkpoints(out, keep=None):
     """Remove all checkpoints but one, and the folder if nothing else is in it."""
-    for path in (out / "checkpoint").glob("step-*"):
+    folder = out / "checkpoint"
+    for path in folder.glob("step-*"):
         if path != keep:
             shutil.rmtree(path)
-    if (out / "checkpoint").is_dir() and not any((out / "checkpoint").iterdir()):
-        (out / "checkpoint").rmdir()
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
