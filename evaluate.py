@@ -39,10 +39,10 @@ import torch
 from tqdm import tqdm
 
 from data import evaluation, instruct
-from data.evaluation import fail, key_of, locked, read_rows, sample, write_atomically
+from data.evaluation import fail, key_of, locked, read_rows, sample
 from data.identity import git_commit, sha256_of
 from data.models import DATE, check_unknown, context_of
-from data.rows import LANGUAGES, language_code
+from data.rows import LANGUAGES, language_code, to_lines, write_atomically
 from variants import distributed
 
 GREEDY = dict(do_sample=False)
@@ -55,6 +55,7 @@ BPB_SETS = [("source", "heldout"), ("source", "prose"), ("source", "news"), ("ta
 MMLU = ["sample_id", "subject", "question", *OPTIONS, "answer"]
 BELEBELE = ["link", "question_number", "flores_passage", "question", *ANSWERS, "correct_answer_num"]
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 NOT_SETTINGS = ("model", "lang", "data_dir", "out", "timeout")
 
 
@@ -399,7 +400,7 @@ def parse_args(argv=None):
     add("--batch-tokens", type=int, default=8192, help="tokens of a batch (default: 8192)")
     add("--seed", type=int, default=42, help="seed of items, examples and samples (default: 42)")
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on cuda, float32 on cpu)")
-    add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="device")
     add("--timeout", type=float, default=10, help="minutes to wait for a rank (default: 10)")
     args = parser.parse_args(argv)
     for name in ("num_samples", "num_questions", "runs", "max_new_tokens", "batch_tokens"):
@@ -414,7 +415,7 @@ def parse_args(argv=None):
     if "mt" in asked and "flores" not in LANGUAGES[args.lang]:
         fail(f"--tasks mt: {args.lang} has no `flores` in data/languages.json. Add its code")
     args.runs = 1 if args.greedy else args.runs
-    instruct.choose_device(args)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
@@ -463,8 +464,7 @@ def evaluate(args):
     header |= dict(versions=versions, code_sha256=evaluation.code_sha256(args.lang, "evaluate.py"))
 
     with locked(args.out):
-        done = evaluation.read_items(items_path, header)
-        write_atomically(items_path, evaluation.to_lines([header, *done.values()]))
+        done = evaluation.resume(items_path, header)
         distributed.join(args.device, args.timeout)
         distributed.check_alike(settings | versions)
         done = distributed.from_rank_zero(done)
@@ -473,7 +473,7 @@ def evaluate(args):
         if distributed.RANK > 0:
             return
         records = [done[key] for key in items]
-        write_atomically(items_path, evaluation.to_lines([header, *records]))
+        write_atomically(items_path, to_lines([header, *records]))
 
         content = dict(format="ssu-eval", version=1, model=args.model, lang=args.lang)
         content |= dict(settings=settings, versions=versions, device=args.device)

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import random
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.identity import sha256_of
-from data.rows import LANGUAGES, parse
+from data.rows import LANGUAGES, parse, to_lines, write_atomically
 from variants import distributed
 from variants.distributed import RANK
 
@@ -107,21 +106,6 @@ def in_words(language, row, options, context=""):
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def write_atomically(path, text):
-    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
-    if RANK > 0:
-        return
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_out(path, form):
     """Refuse to overwrite a file that is not of an earlier run."""
     if path.exists() and f'"format": "{form}"' not in path.read_text(errors="replace")[:100]:
@@ -148,10 +132,19 @@ def key_of(saved):
     return saved["task"], saved["side"], saved["run"], saved["id"]
 
 
-def read_items(path, header, key=key_of):
-    """Return {key: record} of an interrupted run with the same header, or else nothing."""
-    if RANK > 0 or not path.exists():
+def resume(path, header, key=key_of):
+    """Return {key: record} of an interrupted run with the same header, or else nothing.
+
+    The file then has the header and these.
+    """
+    if RANK > 0:
         return {}
+    done = read_items(path, header, key) if path.exists() else {}
+    write_atomically(path, to_lines([header, *done.values()]))
+    return done
+
+
+def read_items(path, header, key):
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         first, *found = map(json.loads, lines)
@@ -161,10 +154,6 @@ def read_items(path, header, key=key_of):
         fail(f"{path} is damaged ({error}). Delete it, or the line, to have that done again")
     print(f"{path} is of other settings, data, model, machine or versions: starting again")
     return {}
-
-
-def to_lines(values):
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def append(path, records):

@@ -67,15 +67,6 @@ def end_tokens(folder):
     return []
 
 
-def choose_device(args):
-    """Set args.device and args.dtype where they are not given."""
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        fail("--device cuda: torch finds no CUDA device. Leave --device out")
-    args.device = args.device or ("cuda" if cuda else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-
-
 def encode(tokenizer, text, raw=False):
     """Return token ids. A chat template writes its own BOS; raw text has no control tokens."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=raw)["input_ids"]

@@ -125,15 +125,20 @@ def check_unknown(tokenizer, unknown, total, what, fail):
         fail(f"{what}: {share:.1%} of the tokens are <unk>. Choose a model that knows the script")
 
 
-def load_skeleton(name, fail):
-    """Return (the model on the meta device: shapes without weights, its tokenizer)."""
+def build_skeleton(name, fail):
+    """Return (the model on the meta device: shapes without weights, its number of embeddings)."""
     config = load_config(name, fail)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        rows = model.get_input_embeddings().num_embeddings
+        return model, model.get_input_embeddings().num_embeddings
     except BAD_MODEL as error:
         fail(f"model {name} cannot be built: {error}")
+
+
+def load_skeleton(name, fail):
+    """Return (the model without weights, its tokenizer)."""
+    model, rows = build_skeleton(name, fail)
     return model, load_tokenizer(name, rows, fail)
 
 

@@ -38,6 +38,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.rows import LANGUAGES, to_lines, write_atomically
+
 HERE = Path(__file__).resolve().parent
 try:
     import yaml  # comes with huggingface_hub
@@ -47,8 +50,7 @@ except ImportError as missing:
     print(f"prepare_embedded.py: error: {hint}", file=sys.stderr)
     raise SystemExit(2) from None
 
-# Columns of FLORES+.
-CODES = {"ne": "npi_Deva", "ky": "kir_Cyrl", "am": "amh_Ethi", "ha": "hau_Latn", "ig": "ibo_Latn"}
+CODES = {lang: LANGUAGES[lang]["flores"] for lang in ("ne", "ky", "am", "ha", "ig")}
 PACKAGES = [
     "Babel",
     "chatterbot-corpus",
@@ -124,17 +126,6 @@ def clean(text):
 def key(text):
     """Return the letters and digits of a text, by which questions and answers are compared."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
-
-
-def replace_with(path, text):
-    """Write a file under a temporary name first, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
 
 
 def file_sha256(path):
@@ -592,14 +583,14 @@ def write_all(out, files, sources, versions, gguf):
     """Write the files {name: (rows, sources)}, the model, and provenance.json, which lists them."""
     texts = {}
     for name, (rows, _) in files.items():
-        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        texts[name] = to_lines(rows)
     listing = out / "provenance.json"
     old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {"files": {}}
     check_foreign(out, texts, old["files"])
     # Languages made earlier stay listed as long as the same versions made them.
     listed = old["files"] if old.get("versions") == versions else {}
     for name, text in texts.items():
-        replace_with(out / name, text)
+        write_atomically(out / name, text)
         rows, names = files[name]
         listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
     made = [out / "model" / name for name in MODEL_FILES]
@@ -610,7 +601,7 @@ def write_all(out, files, sources, versions, gguf):
         path = out / name
         entry |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     facts = {"versions": versions, "files": dict(sorted(listed.items()))}
-    replace_with(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 def parse_args(argv=None):

@@ -6,8 +6,8 @@
 
 NTREX-128 is 1,997 lines of 123 news documents, aligned line by line, under CC BY-SA 4.0. It is
 split by document, so that no story is on two sides. The last 20 documents are the test. The 5
-before them are for few-shots and for looking at during training. The other 98 are training text,
-of which only the target side is written. The English chats and the multiple-choice items are
+before them are for few-shots. The other 98 are training text, of which only the target side is
+written. The English chats and the multiple-choice items are
 copied from the embedded data, so run data/prepare_embedded.py first.
 """
 
@@ -15,19 +15,14 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.rows import LANGUAGES, to_lines, write_atomically
+
 HERE = Path(__file__).resolve().parent
-# Name of the NTREX file, column of FLORES+.
-CODES = {
-    "ne": ("nep", "npi_Deva"),
-    "ky": ("kir", "kir_Cyrl"),
-    "am": ("amh", "amh_Ethi"),
-    "ha": ("hau", "hau_Latn"),
-    "ig": ("ibo", "ibo_Latn"),
-}
+CODES = {"ne": "nep", "ky": "kir", "am": "amh", "ha": "hau", "ig": "ibo"}  # in names of files
 TEST_DOCUMENTS, VALIDATION_DOCUMENTS = 20, 5
 SOURCE = "NTREX-128 (github.com/MicrosoftTranslator/NTREX), CC BY-SA 4.0"
 ENGLISH_FILES = ["calibration", "heldout", "prose", "mmlu.test", "mmlu.dev"]
@@ -52,17 +47,6 @@ def read_lines(path):
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
-def write_text(path, text):
-    """Write a file under a temporary name first, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
 def split_documents(ids):
     """Return (training, validation, test), each a list of the line ranges of documents."""
     spans, start = [], 0
@@ -82,7 +66,7 @@ def read_texts(repo, lang, count):
     """Return the lines of a language, which must be as many as the document ids."""
     name = "newstest2019-src.eng.txt"
     if lang != "en":
-        name = f"newstest2019-ref.{CODES[lang][0]}.txt"
+        name = f"newstest2019-ref.{CODES[lang]}.txt"
     lines = read_lines(repo / "NTREX-128" / name)
     if len(lines) != count:
         fail(f"{name} has {len(lines)} lines, and DOCUMENT_IDS.tsv {count}. They must be aligned")
@@ -104,14 +88,13 @@ def news_files(repo, languages):
         found = []
         for lines in documents:
             for number, i in enumerate(lines, 1):
-                pair = {"eng_Latn": texts["en"][i], CODES[lang][1]: texts[lang][i]}
+                pair = {"eng_Latn": texts["en"][i], LANGUAGES[lang]["flores"]: texts[lang][i]}
                 found.append({"id": f"{ids[i]}.{number}", **pair, "domain": "news"})
         return found
 
     files = {"en/news.jsonl": rows("en", test)}
     for lang in languages:
         files[f"{lang}/train.jsonl"] = rows(lang, train)
-        files[f"{lang}/validation.jsonl"] = rows(lang, validation)
         files[f"{lang}/heldout.jsonl"] = rows(lang, test, domain="news")
         files[f"{lang}/flores.dev.jsonl"] = pairs(lang, validation)
         files[f"{lang}/flores.devtest.jsonl"] = pairs(lang, test)
@@ -122,7 +105,7 @@ def prepare(args):
     """Read and check everything, then write it."""
     texts, sources = {}, {}
     for name, rows in news_files(args.repo, args.lang).items():
-        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        texts[name] = to_lines(rows)
         sources[name] = [SOURCE]
     copied = [f"en/{name}.jsonl" for name in ENGLISH_FILES]
     for lang in args.lang:
@@ -142,7 +125,7 @@ def prepare(args):
         if path.exists() and name not in listed and path.read_bytes() != text.encode():
             fail(f"{path} is not from here and is not overwritten. Choose another --out")
     for name, text in texts.items():
-        write_text(args.out / name, text)
+        write_atomically(args.out / name, text)
         listed[name] = {
             "rows": text.count("\n"),
             "bytes": len(text.encode()),
@@ -151,7 +134,7 @@ def prepare(args):
         }
     license = f"{SOURCE}, for the news files; the others as listed"
     facts = {"license": license, "files": dict(sorted(listed.items()))}
-    write_text(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     print(f"{args.out}: {len(texts)} files for en {' '.join(args.lang)}")
 
 

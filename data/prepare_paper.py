@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import safety
-from data.rows import LANGUAGES, language_code
+from data.rows import LANGUAGES, language_code, to_lines, write_atomically
 
 HERE = Path(__file__).resolve().parent
 FLORES = {
@@ -213,31 +213,20 @@ def files_of(load, lang, flores, tokenizer, clone):
 # Writing
 
 
-def write_text(path, text):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_files(folder, files, commits):
     """Write the files of a language; provenance.json is written first and lists them all."""
     texts, listed = {}, {}
     for name, (repo, rows) in files.items():
-        texts[name] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        texts[name] = to_lines(rows)
         listed[name] = {
             "rows": len(rows),
             "sha256": hashlib.sha256(texts[name].encode()).hexdigest(),
             "from": f"{repo}@{commits[repo]}",
         }
     listing = json.dumps(dict(sorted(listed.items())), indent=1)
-    write_text(folder / "provenance.json", listing + "\n")
+    write_atomically(folder / "provenance.json", listing + "\n")
     for name, text in texts.items():
-        write_text(folder / name, text)
+        write_atomically(folder / name, text)
 
 
 def is_complete(folder, flores, needed):

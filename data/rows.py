@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from string import Formatter
@@ -31,6 +32,25 @@ def guess(line):
     if b"\t" in start and start[:1] != b"{":
         return "it is a line of tab-separated values: write them as JSON objects"
     return ""
+
+
+def to_lines(rows):
+    """Return rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_atomically(path, text):
+    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_languages():

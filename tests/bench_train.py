@@ -4,8 +4,8 @@
     python tests/bench_train.py --shape 7B --batch-size 32 --seq-len 512 --ways compact
 
 fft, masked, compact, bf16-true (compact too): train.py's own loop, half of the columns frozen.
-compact-plain: compact, without gradient checkpointing where the others have it. trainer:
-transformers.Trainer with full-size masks in gradient hooks, on weights and moments in --precision.
+trainer: transformers.Trainer with full-size masks in gradient hooks, on weights and moments in
+--precision.
 lora: peft's LoRA, r = 8 on every matrix, in train.py's loop. Weights and text are random. In each
 round every way runs in a process of its own. The first step is warm-up, and the median of the
 others counts. The table has medians over the rounds, and of the ratio to the first way in the same
@@ -70,7 +70,7 @@ SHAPES = {
     ),
 }
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16
-WAYS = ["masked", "fft", "compact", "compact-plain", "bf16-true", "trainer", "lora"]
+WAYS = ["masked", "fft", "compact", "bf16-true", "trainer", "lora"]
 
 
 def flops(model, seq_len):
@@ -118,7 +118,7 @@ def ours(way, args, model, masks, out):  # noqa: C901
         argv.append("--compile")
     if masks:
         argv += ["--mask", "random"]
-    if way in ("compact", "compact-plain", "bf16-true"):
+    if way in ("compact", "bf16-true"):
         argv.append("--compact")
     loop = train.parse_args(argv)
     for name, p in model.named_parameters():
@@ -126,7 +126,7 @@ def ours(way, args, model, masks, out):  # noqa: C901
     if loop.compact:
         compact.make_compact(model, masks, loop.precision)
     model.to(args.device)
-    if args.gradient_checkpointing and way != "compact-plain":
+    if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, model.config.vocab_size, (64, args.seq_len))
     sequences = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
@@ -263,12 +263,9 @@ def main():
         parser.error("--steps must be at least 3: the first is warm-up")
     if args.worker:
         return worker(args)
-    ways = [
-        way
-        for way in args.ways
-        if not (way == "compact-plain" and not args.gradient_checkpointing)
-        and not (way == "bf16-true" and args.precision == "fp32")
-    ]
+    ways = args.ways
+    if args.precision == "fp32":
+        ways = [way for way in ways if way != "bf16-true"]
     found = {way: [] for way in ways}
     for _ in tqdm(range(args.rounds), unit="round"):
         for way in list(found):

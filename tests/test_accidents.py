@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import forked, limit_file_size, write_jsonl
-from test_evaluate import data, papers  # noqa: F401
+from test_evaluate import data  # noqa: F401
 from test_run_all import command, folder, processes, quick, run_all, tiny_settings  # noqa: F401
 
 import evaluate

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SIZES, TEXT, forked, limit_file_size, tiny_tokenizer, write_jsonl
 from safetensors.torch import load_file
+from test_evaluate import reference_loglik
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -215,13 +216,6 @@ def check_training(folder, text, mask, out):
     assert moved > 1000
 
 
-def plain_loglik(model, prompt, part):
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + part]), use_cache=False).logits[0]
-    rows = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
-    return float(rows.gather(1, torch.tensor(part)[:, None]).sum())
-
-
 def check_evaluation(folder, evaluation, out):
     """Compare each saved number with that of a forward pass of its row alone."""
     argv = evaluate_argv(folder, evaluation, out)
@@ -238,7 +232,7 @@ def check_evaluation(folder, evaluation, out):
     stops = {2} | {i for i, text in enumerate(texts) if "\n" in text}
     for key, (_, prompt, parts) in evaluate.make_items(args, tokenizer).items():
         if parts:
-            want = [plain_loglik(model, prompt, part) for part in parts]
+            want = [reference_loglik(model, prompt, part) for part in parts]
             scores = found[key]["scores"]
             have = scores["loglik"] if "loglik" in scores else [-scores["nats"]]
             assert have == pytest.approx(want, abs=2e-3, rel=1e-4), (key, have, want)

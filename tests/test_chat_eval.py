@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import HUB
-from paper_hub import put_harness_data, served  # noqa: F401
+from paper_hub import put_glotlid, put_harness_data, served  # noqa: F401
 
 import evaluate
 from tools import chat_eval
@@ -21,24 +21,6 @@ def command(model, data, out, *more):
     """Return the arguments of a short run."""
     argv = ["--model", model, "--lang", "ne", "--data-dir", data, "--out", out, *more]
     return [str(word) for word in argv]
-
-
-def put_glotlid(words):
-    """Put a fastText model in GlotLID's place, made of the first words of TEXT."""
-    import fasttext
-
-    folder = HUB / "models" / chat_eval.GLOTLID[0]
-    folder.mkdir(parents=True)
-    lines = []
-    for i, text in enumerate(TEXT):
-        label = "npi_Deva" if i in (2, 3) else "eng_Latn"
-        for j in range(4):
-            lines.append(f"__label__{label} {' '.join(text.split()[j : j + words])}\n")
-    (folder / "text").write_text("".join(lines * 20), encoding="utf-8")
-    options = {"dim": 8, "lr": 0.3, "minn": 2, "maxn": 3, "thread": 1, "verbose": 0}
-    model = fasttext.train_supervised(str(folder / "text"), **options)
-    model.save_model(str(folder / chat_eval.GLOTLID[1]))
-    return model
 
 
 def test_code_mixed_answers_are_counted_and_written_for_the_judge(

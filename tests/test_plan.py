@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import train
-from tools import memory, plan
+from data import blocks, calibration
+from tools import chat_eval, judged, memory, plan
 from variants import adamw8bit, compact, distributed
 
 
@@ -389,6 +390,15 @@ def test_what_codemix_needs_depends_on_the_judge(paper_sets, tmp_path, capsys):
     assert "does not give cis-lmu/glotlid" in capsys.readouterr().out
     assert plan.main([*argv, "--language-id", "script"]) == 0
     assert "glotlid" not in capsys.readouterr().out
+
+
+def test_the_pins_are_those_of_the_stages():
+    assert plan.MADLAD[1:] == (blocks.MADLAD, blocks.MADLAD_REVISION)
+    assert plan.GLOTLID[1:3] == (chat_eval.GLOTLID[0], chat_eval.GLOTLID[2])
+    for name, (repo, revision, _) in calibration.PRESETS.items():
+        assert plan.CALIBRATION[name][1:3] == (repo, None if revision == "main" else revision)
+    for task, repo in judged.JUDGES.items():
+        assert plan.TASK_SOURCES[task][1] == repo
 
 
 def test_offline_the_hub_is_not_asked(paper_sets, tmp_path, monkeypatch, capsys):

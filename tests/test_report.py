@@ -5,18 +5,14 @@ import math
 import re
 import shutil
 import statistics
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(ROOT / "tools"))
-import report
-
 from data.identity import digest_of
-from tools import pictures, statements
+from tools import pictures, report, statements
 from tools.methods import METHODS, method_and_ratio
 from tools.tables import PAPER, TABLE_2
 

@@ -16,6 +16,9 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.rows import write_atomically
+
 JUDGE = "gpt-4.1-nano-2025-04-14"
 DATA, REFERENCE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
 PROMPT = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"  # in the package alpaca_eval
@@ -25,16 +28,6 @@ def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print("ae2.py: error:", " ".join(str(message).split())[:500], file=sys.stderr)
     raise SystemExit(2)
-
-
-def write_atomically(path, text):
-    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def judge_config(prompt):

@@ -20,8 +20,7 @@ def key_of(item):
 
 def resume(path, header):
     """Return the finished items of a file, {key: item}, and a function that saves one more."""
-    done = evaluation.read_items(path, header, key_of)
-    evaluation.write_atomically(path, evaluation.to_lines([header, *done.values()]))
+    done = evaluation.resume(path, header, key_of)
 
     def save(item):
         if key_of(item) in done:  # of a batch that was saved in part

@@ -35,8 +35,8 @@ import evaluate
 from data import instruct
 from data.evaluation import check_out, code_sha256, fail, versions_for
 from data.identity import git_commit, sha256_of
-from data.rows import language_code
-from evaluate import GREEDY, SAMPLING, write_atomically
+from data.rows import language_code, write_atomically
+from evaluate import GREEDY, SAMPLING
 from tools import judged
 from tools.answers import ask_all, resume
 
@@ -86,12 +86,14 @@ def parse_args(argv=None):
     add("--t3-judge", default=judged.JUDGES["t3"], help="directory or hub id of t3's judge")
     add("--seed", type=int, default=42, help="seed of the first run")
     add("--dtype", choices=evaluate.DTYPES, help="precision (default: bfloat16 on cuda)")
-    add("--device", choices=("cpu", "cuda"), help="device (default: cuda if there is one)")
+    devices = evaluate.DEVICES
+    add("--device", choices=devices, default=devices[-1], help="device")
     args = parser.parse_args(argv)
     if args.runs < 1 or args.batch_tokens < 1 or (args.num_questions or 1) < 1:
         parser.error("--runs, --batch-tokens and --num-questions must be at least 1")
     if args.greedy:
         args.runs = 1
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
 
@@ -380,7 +382,6 @@ def run(args):
     judges = {task: judged.find_judge(task, args) for task in texts}
     for task, judge in judges.items():
         judged.check_contexts(task, texts[task], tokenizer, context, judge, args)
-    instruct.choose_device(args)
 
     # An interrupted run continues only with the same of all this
     names = "tasks num_questions runs greedy batch_tokens language_id seed dtype device lang"

@@ -24,8 +24,7 @@ import os
 import re
 from pathlib import Path
 
-from data.evaluation import write_atomically
-from data.rows import LANGUAGES
+from data.rows import LANGUAGES, write_atomically
 from tools import pictures, statements
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name, in_order

@@ -152,21 +152,6 @@ def check_tasks(args):
 # Memory
 
 
-def load_skeleton(name):
-    """Return the model of a directory or hub id on the meta device: shapes without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from data.models import BAD_MODEL, load_config
-
-    config = load_config(name, fail)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except BAD_MODEL as error:
-        fail(f"model {name} cannot be built: {error}")
-
-
 def print_table(args, model):
     """Print which GPU holds which layout, and with which micro-batch size."""
     from tools.memory import GPUS, bytes_per_gpu
@@ -346,12 +331,13 @@ def plan(args):
     """Print the plan. Return the problems."""
     import torch
 
+    from data.models import build_skeleton
     from tools.memory import trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
         return problems
-    skeleton = load_skeleton(args.model)
+    skeleton, _ = build_skeleton(args.model, fail)
     if args.lang and any(method.startswith(("ssu-", "lota")) for method in args.methods):
         import score
 

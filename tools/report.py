@@ -26,9 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import broadcast_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.evaluation import write_atomically
 from data.identity import digest_of
-from data.rows import LANGUAGES
+from data.rows import LANGUAGES, write_atomically
 from tools import page, pictures
 from tools.evaluations import fail, read_runs
 from tools.methods import display_name

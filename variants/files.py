@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from data import models
-from data.evaluation import write_atomically
 from data.identity import digest_of, fingerprint, sha256_of, shapes_of
+from data.rows import write_atomically
 from variants.distributed import (
     LOCAL_RANK,
     RANK,

@@ -13,8 +13,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 
 from data.blocks import MADLAD, MADLAD_REVISION
-from data.evaluation import write_atomically
-from data.rows import LANGUAGES
+from data.rows import LANGUAGES, write_atomically
 from variants.distributed import RANK
 
 START, END = "<!-- results, by tools/report.py -->", "<!-- end of results -->"
