@@ -29,10 +29,6 @@ from transformers import (
     ApertusForCausalLM,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BartConfig,
-    BartForCausalLM,
-    BertConfig,
-    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -314,14 +310,11 @@ def save(model, folder):
 
 
 SMALL = dict(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=512)
-BART = dict(d_model=32, decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2)
 REFUSED = {
     "Conv1D": lambda: GPT2LMHeadModel(GPT2Config(**SMALL)),
     "MixtralTopKRouter": lambda: MixtralForCausalLM(
         MixtralConfig(vocab_size=400, num_local_experts=2, **SIZES)
     ),
-    "bert has an encoder": lambda: BertLMHeadModel(BertConfig(vocab_size=400, **SIZES)),
-    "bart has an encoder": lambda: BartForCausalLM(BartConfig(vocab_size=400, **BART)),
 }
 
 
@@ -364,10 +357,6 @@ BAD_TEXT = {
     "surrogate escape": (GOOD + b'{"text": "\\ud83d"}\n', "line 2"),
     "CESU-8": (GOOD + b'{"text": "\xed\xa0\xbd"}\n', "line 2"),
     "nested": (GOOD + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 2"),
-    "pretty": (b'{\n  "text": "a"\n}\n', "line 1"),
-    "array": (b'[{"text": "a"}]\n', "line 1"),
-    "tsv": (b"text\tlabel\na\t1\n", "line 1"),
-    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "line 1"),
 }
 
 
@@ -457,10 +446,7 @@ def test_models_that_do_not_fit_their_tokenizer_or_config_are_refused(
         (tmp_path / "m/config.json").write_text(json.dumps(config))
         return ["--model", tmp_path / "m", *argv]
 
-    assert "400 tokens, but 100 embeddings" in refused(score.main, *with_config(vocab_size=100))
     assert "mismatch" in refused(score.main, *with_config(intermediate_size=40))
-    assert "hidden_size" in refused(score.main, *with_config(hidden_size="a"))
-    assert "modulo by zero" in refused(score.main, *with_config(num_attention_heads=0))
     with_config()
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
