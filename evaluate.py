@@ -96,7 +96,7 @@ def items_bpb(args, tokenizer):
 
 
 def items_mcq(args, tokenizer):
-    """Yield, in English, chats with an option as answer, and else raw text, as in training."""
+    """Yield chats with an option as answer for English, and raw text for the other language."""
     for side, _ in evaluation.sides(args):
         raw = side == "target"
         for row in sample(read_rows(args, side, "mmlu.test", MMLU), args):
@@ -112,7 +112,7 @@ def items_mcq(args, tokenizer):
 
 
 def items_mt(args, tokenizer):
-    """Yield items with the same examples, if they fit. English is asked for in English."""
+    """Yield items with the same examples, if they fit. X-to-English is asked in English."""
     room = args.context - args.max_new_tokens
     (_, english), (_, target) = evaluation.sides(args)
     columns = ["id", english["flores"], target["flores"]]
@@ -400,7 +400,7 @@ def parse_args(argv=None):
     add("--batch-tokens", type=int, default=8192, help="tokens of a batch (default: 8192)")
     add("--seed", type=int, default=42, help="seed of items, examples and samples (default: 42)")
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on cuda, float32 on cpu)")
-    add("--device", choices=DEVICES, default=DEVICES[-1], help="device")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="device (default: cuda, if any)")
     add("--timeout", type=float, default=10, help="minutes to wait for a rank (default: 10)")
     args = parser.parse_args(argv)
     for name in ("num_samples", "num_questions", "runs", "max_new_tokens", "batch_tokens"):

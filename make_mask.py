@@ -202,7 +202,7 @@ def count_frozen(masks, shapes):
 
 def main(argv=None):
     args = parse_args(argv)
-    print(f"ratio {args.ratio:.1%}, chosen by {args.method or args.scores}")
+    print(f"mask by {args.method or args.scores}, ratio {args.ratio:.1%}")
     if args.scores:
         scores, about, shapes = read_scores(args.scores)
         default = "lowest" if about["method"] == "delta" else "highest"

@@ -5,8 +5,8 @@
 #   METHODS="ssu-wanda hft" RATIOS="0.25 0.5" bash run_all.sh ne
 #
 # Finished stages are skipped, interrupted ones resume, those with other inputs are run again, or
-# refused (paper, your models). --dry-run installs the packages and says what a run needs. With two
-# machines, call on each: torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d
+# refused (paper, your text or model). --dry-run installs packages and says what a run needs. With
+# two machines, call on each: torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d
 # --rdzv-endpoint=HOST train.py ... with the options of a "+" line. Variables, and their defaults:
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
 #              s2ft-down-{output,embeddings} ssu-{mag,wanda,sparsegpt,fim} ssu-wanda-{row,element}

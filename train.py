@@ -77,12 +77,7 @@ def parse_args(argv=None):  # noqa: C901
     add("--max-grad-norm", type=float, default=1.0, help="clipping threshold, 0: none (ours)")
     add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, --micro-batch-size 8)")
     add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
-    add(
-        "--seed",
-        type=int,
-        default=42,
-        help="seed of the order of sequences, dropout, random rounding",
-    )
+    add("--seed", type=int, default=42, help="seed of the order of sequences, and of all else")
     add = parser.add_argument_group("precision, memory and speed").add_argument
     precision = "autocast over fp32 weights (bf16, fp16); bf16 weights, fp32 moments (bf16-true)"
     add("--precision", choices=PRECISIONS, default="bf16", help=precision)

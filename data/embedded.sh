@@ -3,8 +3,10 @@
 precision=fp32  # a run in bf16 takes many times as long on a processor without its instructions
 if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] ||
     grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo; then precision=bf16; fi
-: "${DATA_DIR:=data/embedded}" "${RUNS:=runs${MODEL:+/${MODEL##*/}}}"
-: "${MODEL:=data/embedded/model}"
+: "${DATA_DIR:=data/embedded}" "${MODEL:=data/embedded/model}"
+MODEL=${MODEL%/}
+[ "$MODEL" = data/embedded/model ] || : "${RUNS:=runs/embedded-${MODEL//\//-}}"  # its own results
+: "${RUNS:=runs}"
 : "${CALIBRATION:=$DATA_DIR/en/calibration.jsonl}" "${NUM_SAMPLES:=32}" "${STEPS:=32}"
 : "${TASKS:=bpb,mcq,mt,chat}" "${PRECISION:=$precision}" "${LR:=5e-4}"
 about="$STEPS steps at rate $LR, 5 to 8 minutes a method with the default model on two cores"

@@ -50,7 +50,9 @@ except ImportError as missing:
     print(f"prepare_embedded.py: error: {hint}", file=sys.stderr)
     raise SystemExit(2) from None
 
-CODES = {lang: LANGUAGES[lang]["flores"] for lang in ("ne", "ky", "am", "ha", "ig")}
+# The languages of udhr.jsonl, as long as languages.json has them.
+LANGS = [lang for lang in ("ne", "ky", "am", "ha", "ig") if "flores" in LANGUAGES.get(lang, {})]
+CODES = {lang: LANGUAGES[lang]["flores"] for lang in LANGS}
 PACKAGES = [
     "Babel",
     "chatterbot-corpus",
@@ -596,6 +598,7 @@ def write_all(out, files, sources, versions, gguf):
     made = [out / "model" / name for name in MODEL_FILES]
     if old.get("versions") != versions or not all(path.exists() for path in made):
         convert_model(gguf, out / "model")
+    write_atomically(out / "model/README.md", MODEL_CARD)
     listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
     for name, entry in listed.items():
         path = out / name

@@ -149,7 +149,7 @@ def parse_args(argv=None):
     add("--lang", nargs="+", default=list(CODES), help=f"some of {' '.join(CODES)} (default: all)")
     args = parser.parse_args(argv)
     for lang in args.lang:
-        if lang not in CODES:
+        if lang not in CODES or "flores" not in LANGUAGES.get(lang, {}):
             fail(f"unknown language {lang!r}. Choose from {' '.join(CODES)}")
     return args
 

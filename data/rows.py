@@ -42,7 +42,7 @@ def to_lines(rows):
 def write_atomically(path, text):
     """Write a text file under a temporary name and rename it, so that it is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -78,7 +78,8 @@ def check_prompts(code, prompts, english):
             )
         needed, given = fields_of(english[name]), fields_of(prompt)
         if not needed - {"X"} <= given <= needed:  # X: a prompt may write the language's name
-            raise ValueError(f"the prompt {name} of {code} has {given}, and needs {needed}")
+            given, needed = (" ".join(sorted(some)) or "none" for some in (given, needed))
+            raise ValueError(f"the prompt {name} of {code} has fields {given}, but needs {needed}")
 
 
 def fields_of(prompt):

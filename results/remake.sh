@@ -8,7 +8,8 @@
 # which are small, are copied to OUT. A run whose evaluation is there is skipped, so the targets can
 # be made bit by bit, on several machines: delete an evaluation to have it made again. The models are
 # deleted. JOBS of them, 2 or 1, are made at a time. What they print is in WORK/*.log. NTREX-128 must
-# lie in NTREX (data/README.md). The other variables of run_all.sh are as usual. For a trial:
+# lie in NTREX (data/README.md). The other variables of run_all.sh are as usual. Delete WORK after a
+# change of code. For a trial:
 #   STEPS=1 MODEL=DIR DATA_DIR=DIR WORK=DIR OUT=DIR bash results/remake.sh table5
 set -euo pipefail
 cd "$(dirname "$0")/.."

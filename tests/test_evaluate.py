@@ -123,10 +123,11 @@ def items_of(out):
     return [json.loads(line) for line in lines[1:-1]]
 
 
-def make_items(folder, lang, tasks, model, context=2**40):
+def make_items(folder, lang, tasks, model, *more, context=2**40):
     """Return the items of an evaluation."""
     argv = ["--model", "m", "--lang", lang, "--data-dir", str(folder), "--out", "o.json"]
-    args = evaluate.parse_args([*argv, "--tasks", ",".join(tasks), "--runs", "1", "--seed", "1"])
+    argv += ["--tasks", ",".join(tasks), "--runs", "1", "--seed", "1"]
+    args = evaluate.parse_args([*argv, *map(str, more)])
     args.context, args.files = context, []
     return evaluate.make_items(args, AutoTokenizer.from_pretrained(model)).values()
 
@@ -415,6 +416,39 @@ def test_what_exceeds_the_context_is_cut_or_refused(papers, llama, tmp_path, cap
     with pytest.raises(SystemExit):
         make_items(papers, "ne", ["sum"], llama, context=100)  # 128 are to be written
     assert "tokens, of 100 at most" in capsys.readouterr().err
+
+
+def test_options_that_join_the_prompt_in_a_token_share_its_start():
+    """`](` is a token: of the two options only one takes the prompt's last character."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["]("])
+    before, parts = instruct.split_all(tokenizer, "Q]", ["a", "(a"])
+    assert tokenizer.decode(before) == "Q" and tokenizer.batch_decode(parts) == ["]a", "](a"]
+
+
+def test_another_language_changes_no_evaluation(monkeypatch):
+    code = evaluation.code_sha256("ne")
+    monkeypatch.setitem(LANGUAGES, "sw", {"name": "Swahili"})
+    monkeypatch.setitem(LANGUAGES, "ky", LANGUAGES["ky"] | {"name": "Kirghiz"})
+    assert evaluation.code_sha256("ne") == code != evaluation.code_sha256("ky")
+    monkeypatch.setitem(LANGUAGES, "ne", LANGUAGES["ne"] | {"name": "Nepalese"})
+    assert evaluation.code_sha256("ne") != code
+
+
+def test_questions_are_drawn_by_the_seed(papers, llama):
+    def asked(seed):
+        found = {"mrc": [], "mmlu": []}
+        more = ["--num-questions", 3, "--seed", seed]
+        for item, _, _ in make_items(papers, "ne", list(found), llama, *more):
+            if item["side"] == "source":
+                found[item["task"]].append(item["id"])
+        return found
+
+    first, second = asked(1), asked(2)
+    assert {len(names) for names in (*first.values(), *second.values())} == {3}
+    assert first == asked(1) and first["mrc"] != second["mrc"] and first["mmlu"] != second["mmlu"]
+    subjects = {name.split("/")[0] for name in first["mmlu"] + second["mmlu"]}
+    assert len(subjects) == 2  # the first four are of one subject
 
 
 def test_a_language_without_a_code_of_flores(monkeypatch, llama, data, tmp_path, refused):

@@ -145,8 +145,8 @@ LANGUAGES = {
     '{"sw": {"name": "Swahili"},}': "double quotes",
     '{"sw": {"flores": "x"}}': "sw has no name",
     '{"sw": {"name": "Swahili", "prompts": {"mt": "{sentence}"}}}': "sw has a prompt mt, which is",
-    '{"sw": {"name": "Swahili", "prompts": {"sum": "Fupisha:"}}}': "the prompt sum of sw has set()",
-    '{"sw": {"name": "Swahili", "prompts": {"sum": "{txt}"}}}': "has {'txt'}, and needs {'text'}",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "Fupisha:"}}}': "has fields none, but needs",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "{txt}"}}}': "has fields txt, but needs text",
     '{"sw": {"name": "Swahili", "prompts": {"sum": "{text"}}}': "expected '}'",
     '{"sw": {"name": "Swahili", "prompts": ["{text}"]}}': "no attribute",
 }

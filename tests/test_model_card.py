@@ -43,7 +43,8 @@ def source(tmp_path):
 
 
 def test_a_model_of_the_hub_and_a_preset(source, tmp_path):
-    head = "language:\n- en\nlicense: other\nlicense_name: its-own\nlicense_link: LICENSE"
+    head = "base_model: org/original\nbase_model_relation: quantized\n"
+    head += "language:\n- en\nlicense: other\nlicense_name: its-own\nlicense_link: LICENSE"
     (source / "README.md").write_text(f"---\n{head}\n---\n# Not copied\n")
     card = ModelCard(model_card.make(arguments(tmp_path), source, COMMIT, SUMMARY))
     data = card.data.to_dict()
@@ -84,6 +85,10 @@ def test_a_local_copy_in_another_format_has_the_name_of_its_model(tmp_path):
     args = arguments(tmp_path, model=tmp_path)
     card = ModelCard(model_card.make(args, tmp_path, None, SUMMARY))
     assert card.data.base_model == "org/chat" and "# chat-ig-fft\n" in card.text
+    head = "base_model:\n- org/chat\nbase_model_relation: quantized"
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    card = ModelCard(model_card.make(args, tmp_path, None, SUMMARY))
+    assert card.data.base_model == "org/chat"
 
 
 def test_the_language_is_that_of_the_folder_also_of_a_link(tmp_path):

@@ -344,10 +344,27 @@ def test_only_some_methods_need_calibration_text(methods, read, tmp_path):
     assert subprocess.run(["bash", "-euc", script], **run).stdout == f"{read}\n"
 
 
+def test_only_the_prompts_of_the_language_are_an_input(tmp_path):
+    """A third language in languages.json makes no evaluation old."""
+    (tmp_path / "data").mkdir()
+    script = (
+        f'. "{ROOT}/tools/driver.sh"; dir=. lang=ne; save_prompts; cat "${{prompt_files[@]: -1}}"'
+    )
+    found = []
+    for languages in ({}, {"sw": {"name": "Swahili"}}, {"ne": {"name": "Nepalese"}}):
+        languages = {"en": {"name": "English"}, "ne": {"name": "Nepali"}} | languages
+        (tmp_path / "data/languages.json").write_text(json.dumps(languages))
+        run = dict(cwd=tmp_path, capture_output=True, text=True, check=True)
+        found.append(subprocess.run(["bash", "-euc", script], **run).stdout)
+    assert found[0] == found[1] != found[2]
+
+
 def test_another_model_has_results_of_its_own(folder, quick):
     settings = tiny_settings(folder, "") | {"RUNS": ""}
+    settings["MODEL"] += "/"
     done = run_all("ne", "--dry-run", python=quick, **settings)
-    assert done.returncode == 0 and " --runs runs/model " in done.stdout
+    name = settings["MODEL"].rstrip("/").replace("/", "-")
+    assert done.returncode == 0 and f" --runs runs/embedded-{name} " in done.stdout
     assert "2 steps at rate 5e-4" in done.stdout
 
 

@@ -605,6 +605,7 @@ def test_a_buffer_that_bf16_does_not_hold_is_saved_as_it_is(llama, tmp_path):
     model.register_buffer("coarse", torch.tensor([5.0, 2.0]))
     source = {name: p.detach() for name, p in model.named_parameters()}
     files.save_model(model, source, torch.bfloat16, llama, tmp_path / "out")
+    assert not source and model.lm_head.weight.dtype == torch.bfloat16  # none is kept in fp32
     saved = load_file(tmp_path / "out/model.safetensors")
     assert saved["fine"].tolist() == torch.tensor([5.001, 5.002]).tolist()
     assert saved["coarse"].dtype == torch.bfloat16

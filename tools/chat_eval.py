@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="seed of the first run")
     add("--dtype", choices=evaluate.DTYPES, help="precision (default: bfloat16 on cuda)")
     devices = evaluate.DEVICES
-    add("--device", choices=devices, default=devices[-1], help="device")
+    add("--device", choices=devices, default=devices[-1], help="device (default: cuda, if any)")
     args = parser.parse_args(argv)
     if args.runs < 1 or args.batch_tokens < 1 or (args.num_questions or 1) < 1:
         parser.error("--runs, --batch-tokens and --num-questions must be at least 1")

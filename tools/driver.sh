@@ -82,10 +82,14 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
         esac
     done
     case $PRECISION in bf16*) dtype=bfloat16 ;; esac
-    case "$CALIBRATION ${methods[*]}" in
-        "tulu "* | "alpaca "*) ;;
-        *" ssu-wanda"* | *" ssu-sparsegpt"* | *" ssu-fim"*) score_inputs=("$CALIBRATION") ;;
-    esac
+    local method
+    for method in "${methods[@]}"; do
+        case $method:$CALIBRATION in
+            *:tulu | *:alpaca) ;;
+            fft:* | adalora:* | hft:* | gmt:* | lota*:* | s2ft-*:* | ssu-rand:* | ssu-mag:*) ;;
+            *) score_inputs=("$CALIBRATION") ;;  # the others read calibration text
+        esac
+    done
 }
 
 sha256_of() {  # FILE or FOLDER: the digest of the file, or of all files but the model card
@@ -167,7 +171,7 @@ stage() {
     if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$key" ]; then
         if [ -e "$output" ] || [ -e "$checkpoint" ]; then
             # Only what has a stamp is deleted, and not even that where it may have taken days: in
-            # the paper profile, and models made from data and a model of your own.
+            # the paper profile, and models made from data or a model of your own.
             [ -e "$stamp" ] || fail "run_all.sh did not make $output. Move it away, or set RUNS"
             case $PROFILE:$DATA_DIR:$MODEL:$output in
                 embedded:data/embedded:data/embedded/model:*) ;;

@@ -55,7 +55,8 @@ TASK_SOURCES = {
 
 def is_calibrated(method):
     """Return whether a method of run_all.sh reads calibration text."""
-    return method.startswith(("ssu-wanda", "ssu-sparsegpt", "ssu-fim"))
+    others = ("fft", "adalora", "hft", "gmt", "lota", "s2ft-", "ssu-rand", "ssu-mag")
+    return not method.startswith(others)
 
 
 def fail(message):
@@ -319,7 +320,7 @@ def check_disk(args, weights, itemsize, download):
 def check_main_memory(weights):
     """Return the problems of main memory on a machine whose GPUs train.
 
-    At its end, train.py reads the source again in fp32, and saves the model at half that size.
+    At its end, train.py reads the source again in fp32, and rounds it weight by weight.
     """
     needed = 4.5 * weights + 3e9  # 3 GB of libraries
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
