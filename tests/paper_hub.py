@@ -292,15 +292,15 @@ def put_safety(served, clone, monkeypatch):
         monkeypatch.setitem(safety.FILES, part, (name, digest, columns))
 
 
-def put_glotlid(words):
-    """Serve a fastText model as GlotLID, which knows English and Nepali by the words of TEXT."""
+def put_glotlid(words, target="npi_Deva"):
+    """Serve a fastText model as GlotLID, which knows two languages by the words of TEXT."""
     import fasttext
 
     folder = HUB / "models" / "cis-lmu/glotlid"
     folder.mkdir(parents=True)
     lines = []
     for i, text in enumerate(TEXT):
-        label = "npi_Deva" if i in (2, 3) else "eng_Latn"
+        label = target if i in (2, 3) else "eng_Latn"
         for start in range(4):
             piece = " ".join(text.split()[start : start + words])
             lines += [f"__label__{label} {piece}\n"] * 20

@@ -37,7 +37,7 @@ def paper_run(paper_sets, tmp_path, monkeypatch):
         rows = [row | {"id": str(i), "summary": TEXT[i]} for i in range(5)]
         put_rows(paper_sets / "csebuetnlp/xlsum", f"{name}/test/0000.parquet", rows)
     put_harness_data(paper_sets, tmp_path, monkeypatch)
-    put_glotlid(words=4)
+    put_glotlid(words=4, target="ibo_Latn")
     put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(60)])
     put_tulu(paper_sets)
     put_judges(mtb="<score> 3 </score>")

@@ -610,7 +610,7 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
             ],
         )
     put_harness_data(paper_sets, tmp_path, monkeypatch)
-    put_glotlid(words=4)
+    put_glotlid(words=4, target="ibo_Latn")
     put_tulu(paper_sets)
     put_judges()
     put_madlad(paper_sets, "ig", [f"{i}\\n{' '.join(TEXT)}" for i in range(300)])
@@ -628,7 +628,8 @@ def test_paper_profile_end_to_end(paper_sets, tmp_path, monkeypatch):
     )
     done = run_all("ig", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("paper profile (as asked): someone/tiny, 2 steps on MADLAD-400")
+    start = "paper profile (as asked): someone/tiny, 2 steps at rate 5e-5 on MADLAD-400"
+    assert done.stdout.startswith(start)
     run = tmp_path / "runs/ig"
     found = json.loads((run / "ssu-wanda/eval.json").read_text())
     assert {(task, side) for task, sides in found["results"].items() for side in sides} == {
