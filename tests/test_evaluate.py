@@ -406,7 +406,7 @@ def test_what_exceeds_the_context_is_cut_or_refused(papers, llama, tmp_path, cap
     for lang in ("en", "ne"):
         write_jsonl(tmp_path / f"{lang}/xlsum.jsonl", [row])
     for context in (2**40, 512):
-        for record, ids, _ in make_items(tmp_path, "ne", ["sum"], llama, context):
+        for record, ids, _ in make_items(tmp_path, "ne", ["sum"], llama, context=context):
             assert record["shortened"] == (context == 512) == (len(ids) + 128 <= 512)
             assert record["prompt"].count(TEXT[0]) > 0  # the beginning stays
             if context == 512:
