@@ -55,11 +55,7 @@ def parse_args(argv):
     add("--ratio", type=float, help="fraction to freeze, 0 to 1 (default: 0.5; S2FT: 0.985)")
     freeze = "scores to freeze (default: highest; of delta scores: lowest)"
     add("--freeze", choices=["highest", "lowest"], help=freeze)
-    add(
-        "--freeze-chat-tokens",
-        action="store_true",
-        help="freeze the chat template's token rows, too",
-    )
+    add("--freeze-chat-tokens", action="store_true", help="freeze rows of the chat's tokens, too")
     add("--seed", type=int, default=42, help="seed of the random choices of --method")
     args = parser.parse_args(argv)
 

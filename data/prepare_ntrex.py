@@ -7,8 +7,8 @@
 NTREX-128 is 1,997 lines of 123 news documents, aligned line by line, under CC BY-SA 4.0. It is
 split by document, so that no story is on two sides. The last 20 documents are the test. The 5
 before them are for few-shots. The other 98 are training text, of which only the target side is
-written. The English chats and the multiple-choice items are
-copied from the embedded data, so run data/prepare_embedded.py first.
+written. The English chats and the multiple-choice items are copied from the embedded data, so run
+data/prepare_embedded.py first.
 """
 
 import argparse

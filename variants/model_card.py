@@ -127,7 +127,8 @@ def make(args, directory, commit, summary):
     # The card of a directory names the model from which its own was made: the same if quantized.
     if not hub_id and source.get("base_model_relation") == "quantized":
         base_model = source.get("base_model")
-        base_model = base_model[0] if isinstance(base_model, list) else base_model
+        if isinstance(base_model, list):
+            base_model = next(iter(base_model), None)
     base_name = base_model or folder
     where = f", commit {commit}" if hub_id else f", in a local directory named {folder}"
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.resolve().name)  # e.g. ssu-wanda-0.25
