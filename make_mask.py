@@ -216,7 +216,7 @@ def main(argv=None):
         else:
             masks = s2ft_masks(model, args.ratio, args.seed, args.method)
 
-    # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 20)
+    # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 11)
     if args.freeze_chat_tokens:
         model, tokenizer = load_skeleton(about["model"], fail)
         ids = chat_token_ids(tokenizer)

@@ -438,7 +438,7 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:  # a full disk, for instance
         fail(f"a file cannot be read or written ({error}). What was saved before is intact")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}. Lower --micro-batch-size, or add --gradient-checkpointing or --compact")
+        fail(f"{error}. Lower --micro-batch-size, or see tools/plan.py for what needs less memory")
     except KeyboardInterrupt:
         tqdm.write("train.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -14,7 +14,8 @@ en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--batch-size 8 --micro-batch-size 8 --seq-len 128)
 accumulated=2  # sequences of each of the four micro-batches of gmt (Table 8)
 calibration=(--data "$CALIBRATION" --num-samples "$NUM_SAMPLES" --seq-len 512)
-every=16; [ "${#STEPS}" -lt 4 ] || every=500  # from 1,000 steps on: checkpoints take time
+every=16  # checkpoints of a large model take time
+case ${#STEPS} in 1 | 2) ;; 3) every=100 ;; *) every=500 ;; esac
 texts=("$target/train.jsonl" "$en/heldout.jsonl" "$target/heldout.jsonl")
 train_options=(--data "$target/train.jsonl" --source-eval "$en/heldout.jsonl"
     --target-eval "$target/heldout.jsonl" --eval-every "$every" "${batch[@]}"

@@ -315,7 +315,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for lang in args.lang:
         if missing := LANGUAGES["en"].keys() - LANGUAGES[lang].keys() - {"prompts"}:
-            fail(f"data/languages.json has no {sorted(missing)} for {lang}. Add the codes")
+            what = f"data/languages.json has no {sorted(missing)} for {lang}"
+            fail(f"{what}. Add the codes, or use text of your own (README.md)")
     try:
         prepare(args)
     except OSError as error:  # a full disk, a directory that cannot be written

@@ -373,6 +373,13 @@ def test_a_language_may_have_some_prompts_of_its_own(monkeypatch):
     assert language["prompts"] == english["prompts"] | {"sum": "Resume: {text}"}
 
 
+def test_a_language_without_prompts_is_asked_for_a_summary_in_it(papers, llama, monkeypatch):
+    monkeypatch.setitem(LANGUAGES, "ne", {"name": "Tigrinya"})
+    prompts = [record["prompt"] for record, _, _ in make_items(papers, "ne", ["sum"], llama)]
+    asked = [re.search("Summarize the following text in (.*?):", prompt)[1] for prompt in prompts]
+    assert asked == ["English"] * 3 + ["Tigrinya"] * 3
+
+
 def test_belebele_answers_are_those_of_its_numbers(papers, llama, tmp_path):
     """Of the questions and of the examples; an item is never its own example."""
     lines = (papers / "ne/belebele.jsonl").read_text().splitlines()

@@ -342,17 +342,21 @@ def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
         problems = plan.check_disk(args, 10**9, 4, download=3 * 10**9)
         return problems, re.findall(r"disk: (\S+) GB", capsys.readouterr().out)
 
-    # Two checkpoints, the three models, and one as lota would train.
-    assert planned()[1] == ["3.0", "9.0", "40.0"]
-    for done, left in (("ig/gmt@0.25", "35.0"), ("ig/gmt@0.75", "40.0"), ("ne/fft", "40.0")):
+    # Two checkpoints and the three models.
+    assert planned()[1] == ["3.0", "9.0", "36.0"]
+    for done, left in (("ig/gmt@0.25", "31.0"), ("ig/gmt@0.75", "36.0"), ("ne/fft", "36.0")):
         (tmp_path / "runs" / done).mkdir(parents=True)
         with open(tmp_path / "runs" / done / "state.safetensors", "wb") as file:
             file.truncate(5 * 10**9)
         assert planned()[1][2] == left
         shutil.rmtree(tmp_path / "runs")
 
+    args.optimizer = "adamw8bit"  # 4 bytes of weights and moments, and a few of blocks
+    assert planned()[1][2] == "21.0"
+    args.optimizer = "adamw"
+
     # All that comes to one disk must fit together.
-    for free, fits in ((52.1, True), (51.9, False)):
+    for free, fits in ((48.1, True), (47.9, False)):
         space = types.SimpleNamespace(free=int(free * 1e9))
         monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
         problems, _ = planned()
@@ -360,9 +364,13 @@ def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_main_memory_holds_the_source_once_more(capsys):
-    assert plan.check_main_memory(1_000_000) == []
+    args = plan.parse_args(["--model", "someone/model", "--methods", "fft", "ssu-wanda"])
+    assert plan.check_main_memory(1_000_000, args) == []
     assert "up to 3.0 GB" in capsys.readouterr().out
-    (problem,) = plan.check_main_memory(10**13)
+    args.methods.append("lota-90")  # two models and the scores, all of fp32
+    plan.check_main_memory(10**9, args)
+    assert "up to 15.0 GB" in capsys.readouterr().out
+    (problem,) = plan.check_main_memory(10**13, args)
     assert "main memory lacks" in problem
 
 

@@ -436,6 +436,8 @@ def main(argv=None):
     try:
         with evaluate.locked(args.out):
             run(args)
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}. Lower --batch-tokens")
     except OSError as error:
         fail(f"{error.filename or ''} {error.strerror or error}")
     except KeyboardInterrupt:

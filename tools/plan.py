@@ -59,6 +59,11 @@ def is_calibrated(method):
     return not method.startswith(others)
 
 
+def is_asked(prefix, args):
+    """Return whether a method of that beginning is asked for."""
+    return any(method.startswith(prefix) for method in args.methods)
+
+
 def fail(message):
     """Print an error that the user can fix, in one line, and exit with code 2."""
     print(f"plan.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
@@ -207,10 +212,11 @@ def check_memory(args, model):
         print(f"{' '.join(whole)} cannot be compact, so the memory is that of masked training")
     compact = args.compact == "1" and not whole
     tokens = args.micro_batch_size * args.seq_len
-    way = model, args.precision, compact, args.gpus, tokens, args.gradient_checkpointing
+    gpus = 1 if args.precision == "fp16" else args.gpus  # train.py runs fp16 in one process
+    way = model, args.precision, compact, gpus, tokens, args.gradient_checkpointing
     state, needed = bytes_per_gpu(*way, args.optimizer != "adamw")
     if ELEMENTS & set(args.methods):
-        needed += sum(model[1].values()) / args.gpus  # their masks have a byte for each weight
+        needed += sum(model[1].values()) / gpus  # their masks have a byte for each weight
     has, name = device_memory(args.gpus)
     print(
         f"memory of a process: {state / 1e9:.1f} GB of weights, gradients and moments, "
@@ -218,7 +224,9 @@ def check_memory(args, model):
     )
     if needed <= has:
         return []
-    return [f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"]
+    remedies = "PRECISION=bf16-true, COMPACT=1, OPTIMIZER=adamw8bit, or METHODS without fft"
+    sizes = f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"
+    return [f"{sizes}. Try {remedies}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,8 +297,9 @@ def check_disk(args, weights, itemsize, download):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folders = models_of(args)
-    models = 1 + len(folders)  # lota first trains a model to choose weights by
-    results = (24 + models * itemsize) * weights  # 24: the last two checkpoints
+    models = len(folders) + is_asked("lota", args)  # it first trains a model to choose weights by
+    checkpoints = 24 if args.optimizer == "adamw" else 9  # bytes a weight, the last two
+    results = (checkpoints + models * itemsize) * weights
     if ELEMENTS & set(args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
     if not args.methods:
@@ -317,12 +326,14 @@ def check_disk(args, weights, itemsize, download):
     return problems
 
 
-def check_main_memory(weights):
+def check_main_memory(weights, args):
     """Return the problems of main memory on a machine whose GPUs train.
 
-    At its end, train.py reads the source again in fp32, and rounds it weight by weight.
+    At its end, train.py reads the source again in fp32, and rounds it weight by weight. For lota,
+    score.py reads two models in fp32 and writes a score of each weight.
     """
-    needed = 4.5 * weights + 3e9  # 3 GB of libraries
+    bytes_per_weight = 12 if is_asked("lota", args) else 4.5
+    needed = bytes_per_weight * weights + 3e9  # 3 GB of libraries
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(f"main memory: up to {needed / 1e9:.1f} GB; this machine has {has / 1e9:.1f} GB")
     return [] if needed <= has else [f"main memory lacks {(needed - has) / 1e9:.1f} GB"]
@@ -358,7 +369,7 @@ def plan(args):
     if args.lang and args.methods and counted:
         problems += check_memory(args, model)
     if args.lang and args.methods and torch.cuda.is_available():
-        problems += check_main_memory(weights)
+        problems += check_main_memory(weights, args)
     return problems
 
 

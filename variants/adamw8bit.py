@@ -10,6 +10,8 @@ have no copy: a trainable weight takes 6 bytes with its gradient and moments, a 
 import importlib.metadata
 import logging
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -29,8 +31,9 @@ def check(args, error):
         error(f"--optimizer {args.optimizer} needs --precision bf16-true")
     if WORLD > 1:
         error(f"--optimizer {args.optimizer} runs in one process. Start without torchrun")
-    if args.device == "cuda" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
-        error(f"--optimizer {args.optimizer} needs a C compiler on a GPU: install gcc")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")  # Triton compiles against it
+    if args.device == "cuda" and not (any(map(shutil.which, ("gcc", "clang"))) and header.exists()):
+        error(f"--optimizer {args.optimizer} needs gcc and python3-dev on a GPU. Install both")
     try:
         found = importlib.metadata.version("torchao")
     except importlib.metadata.PackageNotFoundError:
