@@ -145,7 +145,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     elif data.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")) and Path(data).is_file():
         source = sha256_of([Path(data)])
     else:
-        fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt: join them")
+        fail(f"{flag} {data}: no such file, or not .jsonl, .jsonl.gz, .parquet or .txt. Make one")
     end, end_id = end_of_text(tokenizer, fail)
     key = hashlib.sha256(f"{source} {model_key} {flag}".encode()).hexdigest()[:32]
     files = [Path(__file__).with_name(name) for name in ("blocks.py", "models.py", "rows.py")]

@@ -133,7 +133,7 @@ else
     row "train ${shapes[0]} masked --compile" "-" "no C++ compiler"
 fi
 
-# fp16, then one process under torchrun (NCCL on a GPU) with fully_shard and without.
+# fp16, then one process under torchrun, with fully_shard and without. It exchanges nothing over NCCL.
 scaling=("$python" tests/bench_scaling.py --device "$device" --shape "${shapes[0]}" "${size[@]}"
     --micro-batch-size 4 --ranks 1 --rounds 1)
 check "train ${shapes[0]} masked, fp16" 100 "${scaling[@]}" --precision fp16
