@@ -133,14 +133,12 @@ def items_mt(args, tokenizer):
 def items_sum(args, tokenizer):
     """Yield texts to sum up in their language. The end of a text that does not fit is cut off."""
     for side, language in evaluation.sides(args):
-        template = language["prompts"]["sum"]
-        empty = instruct.encode(
-            tokenizer, instruct.ask(tokenizer, template.format(X=language["name"], text=""))
-        )
+        template = language["prompts"]["sum"].replace("{X}", language["name"])
+        empty = instruct.encode(tokenizer, instruct.ask(tokenizer, template.format(text="")))
         room = args.context - args.max_new_tokens - len(empty) - 8  # 8 to spare
         for row in sample(read_rows(args, side, "xlsum", ["id", "text", "summary"]), args):
             text = instruct.shorten(tokenizer, row["text"], room)
-            prompt = instruct.ask(tokenizer, template.format(X=language["name"], text=text))
+            prompt = instruct.ask(tokenizer, template.format(text=text))
             saved = dict(side=side, id=row["id"], domain=None, prompt=prompt)
             saved |= dict(reference=row["summary"], shortened=text != row["text"])
             yield saved, instruct.encode(tokenizer, prompt), []
