@@ -12,4 +12,4 @@ fi
 . ./setup.sh "${needed[@]}"
 ruff format --check
 ruff check
-python -m pytest -q -c tests/pytest.ini -n 2 "${select[@]}" --durations=5 tests "$@"
+python -m pytest -q -c tests/pytest.ini -n 2 --dist worksteal "${select[@]}" --durations=5 tests "$@"

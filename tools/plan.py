@@ -203,29 +203,46 @@ def device_memory(gpus):
     return total / gpus, "this machine, without a CUDA device,"
 
 
-def check_memory(args, model):
-    """Print what the largest training of the run needs. Return the problems."""
+def bytes_of(method, args, model):
+    """Return (GPUs that share it, state, all bytes) of a process of a method's training."""
     from tools.memory import bytes_per_gpu
 
-    whole = [method for method in args.methods if method not in COMPACT]
-    if args.compact == "1" and whole:
-        print(f"{' '.join(whole)} cannot be compact, so the memory is that of masked training")
-    compact = args.compact == "1" and not whole
-    tokens = args.micro_batch_size * args.seq_len
-    gpus = 1 if args.precision == "fp16" else args.gpus  # train.py runs fp16 in one process
-    way = model, args.precision, compact, gpus, tokens, args.gradient_checkpointing
-    state, needed = bytes_per_gpu(*way, args.optimizer != "adamw")
-    if ELEMENTS & set(args.methods):
-        needed += sum(model[1].values()) / gpus  # their masks have a byte for each weight
-    has, name = device_memory(args.gpus)
+    precision, gpus, micro_batch = args.precision, args.gpus, args.micro_batch_size
+    if method == "adalora":
+        precision = precision.removesuffix("-true")
+    if method == "adalora" or precision == "fp16":
+        gpus = 1  # train.py runs these in one process
+    if method == "gmt":
+        micro_batch = max(1, args.batch_size // 4 // gpus)  # four micro-batches (Table 8)
+    compact = args.compact == "1" and method in COMPACT
+    eight_bit = args.optimizer != "adamw"
+    way = model, precision, compact, gpus, micro_batch * args.seq_len, args.gradient_checkpointing
+    state, needed = bytes_per_gpu(*way, eight_bit)
+    _, sizes, matrices = model
+    if method == "adalora":  # matrices have neither gradients nor moments. Adapters are small
+        frozen = 12 * sum(sizes[name] for name in matrices)
+        state, needed = state - frozen, needed - frozen
+    if method in ELEMENTS:
+        needed += sum(sizes.values()) / gpus  # their masks have a byte for each weight
+    return gpus, state, needed
+
+
+def check_memory(args, model):
+    """Print what the largest training of the run needs. Return the problems."""
+    found = []
+    for method in args.methods:
+        gpus, state, needed = bytes_of(method, args, model)
+        has, name = device_memory(gpus)
+        found.append((needed - has, method, state, needed, has, name))
+    lacking, method, state, needed, has, name = max(found, key=lambda row: row[0])
     print(
-        f"memory of a process: {state / 1e9:.1f} GB of weights, gradients and moments, "
+        f"memory of a process of {method}: {state / 1e9:.1f} GB of weights, gradients and moments, "
         f"about {(needed - state) / 1e9:.1f} GB of all else; {name} has {has / 1e9:.1f} GB"
     )
-    if needed <= has:
+    if lacking <= 0:
         return []
-    remedies = "PRECISION=bf16-true, COMPACT=1, OPTIMIZER=adamw8bit, or METHODS without fft"
-    sizes = f"training takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"
+    remedies = "PRECISION=bf16-true, COMPACT=1, OPTIMIZER=adamw8bit, or leave it out of METHODS"
+    sizes = f"training by {method} takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"
     return [f"{sizes}. Try {remedies}"]
 
 
