@@ -96,4 +96,13 @@ def language_code(code):
     return code
 
 
+def paper_language_code(code):
+    """Return the code of a language whose sets of the paper have names in languages.json."""
+    missing = LANGUAGES["en"].keys() - LANGUAGES[language_code(code)].keys() - {"prompts"}
+    if missing:
+        what = f"data/languages.json has no {' '.join(sorted(missing))} for {code}"
+        raise argparse.ArgumentTypeError(f"{what}. Add them, or use text of your own (README.md)")
+    return code
+
+
 LANGUAGES = read_languages()

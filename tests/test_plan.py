@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import train
-from data import blocks, calibration
+from data import blocks, calibration, rows
 from tools import chat_eval, judged, memory, plan
 from variants import adalora, adamw8bit, compact, distributed
 
@@ -258,6 +258,14 @@ def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, refused):
 )
 def test_what_a_training_would_refuse_is_refused_first(more, message, olmo2, refused):
     assert message in refused(plan.main, "--check", "--model", olmo2, *more)
+
+
+def test_a_language_without_sets_of_the_paper_is_refused(olmo2, refused, monkeypatch):
+    monkeypatch.setitem(rows.LANGUAGES, "sw", {"name": "Swahili", "flores": "swh_Latn"})
+    argv = ["--check", "--model", str(olmo2), "--lang", "sw", "--data-dir", str(olmo2)]
+    line = refused(plan.main, *argv)
+    assert "has no belebele global_mmlu xlsum for sw. Add them, or use text of your own" in line
+    assert plan.main([*argv, "--profile", "embedded", "--tasks", "bpb"]) == 0
 
 
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=1, n_embd=32, n_head=2), OPTConfig()])

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.rows import language_code
+from data.rows import language_code, paper_language_code
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -143,6 +143,12 @@ def check_values(args):
 
 
 def check_tasks(args):
+    """Fail if a task's data cannot be had, or if a model would be without an evaluation."""
+    if args.lang and args.profile == "paper":
+        try:
+            paper_language_code(args.lang)
+        except argparse.ArgumentTypeError as error:
+            fail(error)
     held_out = set(EMBEDDED_TASKS) & set(args.tasks)
     if args.profile == "paper" and held_out:
         fail(f"--tasks {' '.join(held_out)}: the paper profile has no held-out text. Drop them")
