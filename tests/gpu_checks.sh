@@ -79,7 +79,8 @@ tests=("$python" -m pytest -q -c tests/pytest.ini -p on_device -m "not slow")
 export CHECK_DEVICE=$device
 PYTHONPATH=$work:$PYTHONPATH check "fast tests: train.py" 150 \
     "${tests[@]}" -k "$some" tests/test_train.py tests/test_compact.py
-PYTHONPATH=$work:$PYTHONPATH check "fast tests: score.py" 100 "${tests[@]}" tests/test_score.py
+PYTHONPATH=$work:$PYTHONPATH check "fast tests: score.py" 100 \
+    "${tests[@]}" -k "not full_disk and not interrupt" tests/test_score.py
 
 # Memory and speed of training, with the most that tools/plan.py expects PyTorch to allocate.
 cat > "$work/training.py" << 'END'
