@@ -149,6 +149,28 @@ def test_all_visible_gpus_are_used(cards, visible, nproc, folder, tmp_path, quic
         assert done.stdout.startswith("embedded profile (the hub does not answer): ")
 
 
+@pytest.mark.parametrize(
+    "cards, expected",
+    [
+        ("81559", "no GPUs have the 100 GB"),
+        ("143771", "paper GPUs with 143771 MiB"),
+        ("81559 81559", "paper GPUs with 163118 MiB"),
+        ("40960 40960 40960", "no GPUs have the 100 GB"),  # two of them share a batch
+        ("40960 24576 40960 40960 40960", "paper GPUs with 163840 MiB"),
+        ("24564 " * 8, "no GPUs have the 100 GB"),
+    ],
+)
+def test_the_paper_profile_is_for_gpus_that_hold_it(cards, expected, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\nprintf '%s\\n' {cards}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    script = f'. "{ROOT}/tools/driver.sh"; unset PROFILE CUDA_VISIBLE_DEVICES\n'
+    script += f'HF_ENDPOINT=file://{tmp_path}/nvidia-smi choose_profile; echo "$PROFILE $why"'
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    run = dict(cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert expected in subprocess.run(["bash", "-euc", script], **run).stdout
+
+
 def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quick):
     settings = tiny_settings(folder, tmp_path, METHODS="gmt", NPROC="4")
     done = run_all("ne", "--dry-run", python=quick, **settings)

@@ -30,8 +30,10 @@ choose_profile() {  # set PROFILE, if it is not, and $why and $gpus
     memory=$("${ask[@]}" 2>/dev/null) || memory=
     [ "${CUDA_VISIBLE_DEVICES-all}" ] || memory=  # set, but to nothing
     gpus=$(grep -c '^[0-9]' <<< "$memory") || :
-    # MiB. Smaller cards do not hold what GPUs cannot share.
-    memory=$(awk '$1 >= 40000 { sum += $1 } END { print sum + 0 }' <<< "$memory")
+    # MiB of the 1, 2, 4 or 8 that share a batch. Small cards do not hold what GPUs cannot share.
+    memory=$(awk '$1 >= 40000 { n++; sum += $1 }
+        END { for (used = 1; 2 * used <= n && used < 8;) used *= 2
+              print int(n ? sum / n * used : 0) }' <<< "$memory")
     if [ -n "${PROFILE:-}" ]; then
         why="as asked"
     elif [ -n "${MODEL:-}${DATA_DIR:-}" ]; then
@@ -42,7 +44,7 @@ choose_profile() {  # set PROFILE, if it is not, and $why and $gpus
 urllib.request.urlopen(sys.argv[1], timeout=9)" "$hub" 2>/dev/null; then
         PROFILE=embedded why="the hub does not answer"
     else
-        PROFILE=paper why="$gpus GPUs have $memory MiB, and the hub answers"
+        PROFILE=paper why="GPUs with $memory MiB share a batch, and the hub answers"
     fi
     [ -f "data/$PROFILE.sh" ] || fail "PROFILE=$PROFILE: choose embedded or paper"
 }
