@@ -510,7 +510,12 @@ def test_the_driver_takes_data_made_by_hand_and_makes_what_is_missing(out, tmp_p
     names = (".git", ".venv", "runs*", "results", "embedded", "ntrex", "__pycache__")
     copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(*names))
     listing = shutil.copytree(out, copy / "data/embedded") / "provenance.json"
-    made = listing.read_bytes()
+
+    def texts():  # the model is made again, because no listing says how it was made
+        files = json.loads(listing.read_text())["files"]
+        return {name: facts for name, facts in files.items() if not name.startswith("model/")}
+
+    made = texts()
 
     def prepare_embedded():
         command = ["bash", "-euo", "pipefail", "-c", ". tools/driver.sh; prepare_embedded"]
@@ -520,7 +525,7 @@ def test_the_driver_takes_data_made_by_hand_and_makes_what_is_missing(out, tmp_p
 
     assert prepare_embedded() == 1 and prepare_embedded() == 0
     listing.unlink()
-    assert prepare_embedded() == 1 and listing.read_bytes() == made
+    assert prepare_embedded() == 1 and texts() == made
     with open(copy / "requirements.txt", "a") as file:
         file.write("# another version\n")
     assert prepare_embedded() == 1 and prepare_embedded() == 0

@@ -1,6 +1,7 @@
 """run_all.sh: the real scripts on tiny models, its refusals, and its end on errors and signals."""
 
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -458,7 +459,8 @@ def test_a_signal_ends_the_stage_and_the_same_command_resumes(
 ):
     settings = tiny_settings(folder, tmp_path, STEPS="40")
     pipe = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    driver = subprocess.Popen(**command(quick, ["ne"], settings), **pipe)
+    default = functools.partial(signal.signal, number, signal.SIG_DFL)  # nohup and "&" ignore some
+    driver = subprocess.Popen(**command(quick, ["ne"], settings), **pipe, preexec_fn=default)
     wait_until((tmp_path / f"ne/fft/checkpoint/{reached}").exists, driver)
     driver.send_signal(number)
     _, errors = driver.communicate()
