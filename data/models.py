@@ -6,6 +6,7 @@ All stages ask here, so that a model which one refuses is refused by the others,
 import datetime
 import types
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError
@@ -46,6 +47,9 @@ def load_config(name, fail):
 
     name: directory or hub id. fail(message) is called for any other model, and must not return.
     """
+    folder = Path(name)
+    if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        fail(f"model {name} is no directory with a config.json. Give one: of a run, OUT/model")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         text = config.get_text_config()

@@ -114,6 +114,14 @@ def test_damaged_files_end_every_stage(
         assert FILES[file, content] in refused(main, *argv)
 
 
+def test_the_folder_of_a_run_is_not_its_model(olmo2, chats, text, evaluation, tmp_path, refused):  # noqa: F811
+    shutil.copytree(olmo2, tmp_path / "run/model")
+    for main, argv in commands(tmp_path / "run", chats, text, evaluation, tmp_path).values():
+        assert "no directory with a config.json" in refused(main, *argv)
+    main, argv = commands(olmo2 / "config.json", chats, text, evaluation, tmp_path)["score"]
+    assert "no directory with a config.json" in refused(main, *argv)
+
+
 def test_a_tokenizer_that_does_not_know_the_script_ends_every_stage(
     olmo2,
     chats,

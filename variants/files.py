@@ -193,7 +193,7 @@ def check_fit(args, model, masks):
         fail(f"--gradient-checkpointing: {type(model).__name__} has none. Leave it out")
     context = models.context_of(model.config)
     if context < args.seq_len:
-        fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens")
+        fail(f"--seq-len {args.seq_len}: {args.model} takes at most {context} tokens. Lower it")
 
 
 def print_plan(args, model, masks, num_sequences, first):
