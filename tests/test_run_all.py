@@ -108,7 +108,7 @@ def test_a_dry_run_plans_and_writes_nothing(folder, tmp_path, quick):
     done = run_all("ne", "--dry-run", python=quick, **settings)
     assert done.returncode == 0 and not (tmp_path / "runs").exists()
     assert done.stdout.startswith("embedded profile (MODEL or DATA_DIR is given): ")
-    assert "\nmemory of a process: " in done.stdout and "\ndisk: " in done.stdout
+    assert "\nmemory of a process of fft: " in done.stdout and "\ndisk: " in done.stdout
     done = run_all("ne", "--dry-run", python=quick, **settings | {"METHODS": ""})
     assert done.returncode == 0 and " --methods --ratios " in done.stdout  # evaluation alone
 
