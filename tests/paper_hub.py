@@ -305,8 +305,11 @@ def put_glotlid(words, target="npi_Deva"):
             piece = " ".join(text.split()[start : start + words])
             lines += [f"__label__{label} {piece}\n"] * 20
     (folder / "text").write_text("".join(lines), encoding="utf-8")
+    # fastText sets a tenth of its weights per thread. With fewer than ten threads,
+    # or a size that ten does not divide, the rest is whatever the memory held.
+    whole = {"thread": 10, "dim": 10}
     model = fasttext.train_supervised(
-        str(folder / "text"), dim=8, lr=0.3, minn=2, maxn=3, thread=1, verbose=0
+        str(folder / "text"), lr=0.3, epoch=10, minn=2, maxn=3, bucket=1000, verbose=0, **whole
     )
     model.save_model(str(folder / "model_v3.bin"))
     return model
