@@ -3,8 +3,11 @@
 import json
 import sys
 
-from tools.methods import in_order
+from tools.methods import display_name, in_order
 from tools.tables import look_up
+
+# What no method decides. Others of train.jsonl's settings belong to one, or change only rounding.
+TRAINING = ("steps", "batch_size", "seq_len", "lr", "weight_decay", "seed", "precision", "data")
 
 
 def fail(message):
@@ -48,6 +51,31 @@ def check_settings(folder, settings, expected):
         if settings[key] != expected.get(key):
             pair = f"{settings[key]}, and {expected.get(key)} of the source model"
             fail(f"{folder} cannot be compared: {key} is {pair}. Evaluate one of them again")
+
+
+def training_differences(folder, methods):
+    """Return a sentence for each method of a run directory that was trained with other settings.
+
+    They are told by its train.jsonl, and compared with those of the first method that has one.
+    """
+    found, sentences = {}, []
+    for method in methods:
+        log = folder / method / "train.jsonl"
+        try:
+            first = log.read_text(encoding="utf-8").partition("\n")[0] if log.exists() else "{}"
+            if "settings" in (line := json.loads(first)):
+                found[method] = {key: line["settings"].get(key) for key in TRAINING}
+        except (ValueError, TypeError, AttributeError) as error:
+            fail(f"{log} cannot be read ({error}). Delete the damaged line")
+    base, expected = next(iter(found.items()), (None, {}))
+    for method, settings in found.items():
+        differences = [key for key in TRAINING if settings[key] != expected[key]]
+        if differences:
+            ours = ", ".join(f"{key} {settings[key]}" for key in differences)
+            theirs = ", ".join(f"{expected[key]}" for key in differences)
+            names = display_name(method), display_name(base)
+            sentences.append(f"{names[0]} was trained with {ours} ({names[1]}: {theirs}).")
+    return sentences
 
 
 def read_runs(folders, chosen):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.identity import digest_of
 from data.rows import LANGUAGES, write_atomically
 from tools import page, pictures
-from tools.evaluations import fail, read_runs
+from tools.evaluations import fail, read_runs, training_differences
 from tools.methods import display_name
 from tools.pictures import MARK
 from tools.tables import COLUMNS, answers, improvement, look_up, markdown, measure, tables
@@ -170,6 +170,8 @@ def write_report(folders, chosen, out):
     if model := evals["source"][0].get("model"):
         lines.append(f"Source is {model}.")
     lines.append("In brackets the change from Source. After ± the standard deviation over runs.")
+    for folder in folders:
+        lines += training_differences(folder, list(evals))
     lines += tables(evals)
     if len(names) > 1:
         lines += ["Of the weights that either mask freezes, both freeze (mean over matrices):"]
