@@ -8,8 +8,8 @@ Stage 4 of SSU. Tasks, those of Section 4.5 and two more, bpb and mcq:
     mrc    reading comprehension (Belebele), 3-shot: the letter with the highest log-likelihood
     mmlu   knowledge (MMLU, Global-MMLU), 5-shot with questions of the subject: likewise
 
-Prompts are those of Table 7, in data/languages.json. Decoding is that of Table 9, but an answer of
-mt or sum ends with its line. `source` is English (mt: X to English), `target` the other language.
+Prompts: Table 7 (data/languages.json). Decoding: Table 9, but an answer of mt or sum ends with its
+line (`cut`: the share that did not). `source` is English (mt: to English), `target` the other one.
 
 On a CPU, in a few minutes:
     python evaluate.py --model runs/ne/fft/model --lang ne --data-dir data/embedded \
@@ -105,9 +105,8 @@ def items_mcq(args, tokenizer):
             texts = [f" {option}" for option in options] if raw else options
             before, parts = instruct.split_all(tokenizer, prompt, texts, raw)
             saved = dict(side=side, id=row["sample_id"], domain=row["subject"], prompt=prompt)
-            saved |= dict(
-                reference=row["answer"], options=options, shared_stem=row.get("shared_stem")
-            )
+            saved |= dict(reference=row["answer"], options=options)
+            saved |= dict(shared_stem=row.get("shared_stem"))
             yield saved, before, parts
 
 
@@ -335,14 +334,14 @@ def answer(model, batch, args, stop_ids):
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
-def score(saved, found, tokenizer):
+def score(saved, found, tokenizer, stop_ids):
     """Return the record with `prediction` and `scores`, given log-likelihoods or new ids."""
     if saved["task"] == "bpb":
         return saved | dict(prediction=None, scores=dict(nats=-found[0]))
     if saved["task"] in ("mt", "sum"):
         text = tokenizer.decode(found, skip_special_tokens=True).split("\n")[0].strip()
         chrf = sacrebleu.sentence_chrf(text, [saved["reference"]], word_order=2).score
-        return saved | dict(prediction=text, scores=dict(chrf=chrf))
+        return saved | dict(prediction=text, scores=dict(chrf=chrf, cut=found[-1] not in stop_ids))
     values = found
     if saved["task"] == "mcq":
         sizes = [len(option.encode()) for option in saved["options"]]
@@ -359,7 +358,7 @@ def summarize(records):
         groups.setdefault((saved["task"], saved["side"], saved.get("set")), []).append(saved)
     for (task, side, base), rows in groups.items():
         sides, scores = results.setdefault(task, {}), [row["scores"] for row in rows]
-        cut = {row["id"] for row in rows if row.get("shortened")}
+        shortened = {row["id"] for row in rows if row.get("shortened")}
         if task == "bpb":
             bits = math.fsum(found["nats"] for found in scores) / math.log(2)
             size, tokens = sum(row["bytes"] for row in rows), sum(row["tokens"] for row in rows)
@@ -373,10 +372,11 @@ def summarize(records):
             means = [statistics.fmean(runs[run]) for run in sorted(runs)]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             numbers = dict(chrf=statistics.fmean(means), sd_over_runs=spread, runs=means)
-            sides[side] = numbers | dict(n=len(runs[0]), shortened=len(cut))
+            numbers |= dict(cut=statistics.fmean(found["cut"] for found in scores))
+            sides[side] = numbers | dict(n=len(runs[0]), shortened=len(shortened))
         else:
             correct = statistics.fmean(found["correct"] for found in scores)
-            sides[side] = dict(accuracy=correct, n=len(rows), shortened=len(cut))
+            sides[side] = dict(accuracy=correct, n=len(rows), shortened=len(shortened))
     return results
 
 
@@ -437,7 +437,7 @@ def answer_all(args, folder, config, tokenizer, items, done, path):
                 torch.manual_seed((args.seed + batch[0][0]["run"]) * 1_000_003 + number)
                 found = answer(model, batch, args, ends + newlines)
                 for (saved, _, _), values in zip(batch, found, strict=True):
-                    records.append(score(saved, values, tokenizer))
+                    records.append(score(saved, values, tokenizer, ends + newlines))
             for some in distributed.gather(records):
                 done |= {key_of(saved): saved for saved in some}
                 evaluation.append(path, some)

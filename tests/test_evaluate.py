@@ -530,6 +530,16 @@ def test_chrf_is_that_of_sacrebleu(whole):
     assert any(r["prediction"] for r in items if r["task"] == "mt")
 
 
+@pytest.mark.parametrize("last, cut", [(2, False), (9, False), (70, True)])
+def test_answers_that_do_not_end_are_counted(llama, last, cut):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    record = {"task": "mt", "side": "source", "id": "1", "run": 0, "reference": "a"}
+    found = evaluate.score(record, [70, 80, last], tokenizer, [2, 9])
+    assert found["scores"]["cut"] == cut
+    other = record | {"id": "2", "scores": {"chrf": 0.0, "cut": False}}
+    assert evaluate.summarize([found, other])["mt"]["source"]["cut"] == cut / 2
+
+
 def test_bits_per_byte_by_hand(whole, model, llama, data):
     tokenizer = AutoTokenizer.from_pretrained(llama)
 
@@ -612,7 +622,7 @@ def test_ties_count_as_one_of_k():
         ([-1.0] * 4, 0.25),
         ([-1.0, -2.0, -1.0, -9.0], 0),
     ):
-        assert evaluate.score(record, found, None)["scores"]["correct"] == correct
+        assert evaluate.score(record, found, None, [])["scores"]["correct"] == correct
 
 
 def test_paper_tasks_by_hand(papers, llama, model, tmp_path):

@@ -25,7 +25,7 @@ def tables_only(monkeypatch):
     monkeypatch.setattr(pictures, "Figure", None)
 
 
-def evaluation(folder, method, chat, target, mt, seed=42, **settings):
+def evaluation(folder, method, chat, target, mt, seed=42, cut=0.0, **settings):
     """Write an eval.json made by hand."""
     settings = {"tasks": ["bpb", "mt"], "seed": seed, "model_sha256": method} | settings
     bpb = {
@@ -33,7 +33,8 @@ def evaluation(folder, method, chat, target, mt, seed=42, **settings):
         "target": {"heldout": {"bpb": target, "tokens": 8, "documents": 2}},
     }
     results = {"bpb": bpb}
-    results["mt"] = {"source": {"chrf": mt, "n": 5}, "target": {"chrf": 2 * mt, "n": 5}}
+    results["mt"] = {"source": {"chrf": mt, "n": 5, "cut": cut}}
+    results["mt"]["target"] = {"chrf": 2 * mt, "n": 5, "cut": 0.0}
     results["chat"] = {"stop_rate": 1.0, "repetition": 0.0, "english_share": 0.5, "n": 6}
     content = {"format": "ssu-eval", "version": 1, "lang": "ne", "settings": settings}
     content |= {"results": results}
@@ -90,9 +91,9 @@ def rows(figure):
 
 @pytest.mark.usefixtures("tables_only")
 def test_tables_of_one_run(tmp_path, capsys):
-    evaluation(tmp_path, "source", 1.0, 2.0, 20.0)
+    evaluation(tmp_path, "source", 1.0, 2.0, 20.0, cut=0.2)
     evaluation(tmp_path, "ssu-wanda", 1.1, 1.0, 19.0)
-    evaluation(tmp_path, "fft", 2.0, 1.25, 10.0)
+    evaluation(tmp_path, "fft", 2.0, 1.25, 10.0, cut=0.8)
     evaluation(tmp_path, "my", 3, 3, 3)
     report.main([str(tmp_path)])
     assert (tmp_path / "report.md").read_text() in capsys.readouterr().out
@@ -105,7 +106,10 @@ def test_tables_of_one_run(tmp_path, capsys):
     assert english[3][1:3] == ["2.000 (+100.0%)", "10.0 (-50.0%)"]
     assert english[4][1:] == ["1.100 (+10.0%)", "19.0 (-5.0%)", "1.00", "0.00", "0.50"]
     assert nepali[4][1:] == ["1.000 (-50.0%)", "38.0 (-5.0%)"]
-    assert "chat bpb 3, MT X→en chrF++ 5" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "chat bpb 3, MT X→en chrF++ 5" in text
+    cut = "Answers that --max-new-tokens cut off, at most: MT X→en chrF++ 80%."
+    assert text.count("cut off") == 1 and f"\n{cut}\n" in text  # of Nepali, none
     evaluation(tmp_path, "source", 1.0, 2.0, 0.0)  # no change can be told from zero
     report.main([str(tmp_path), "--methods", "fft", "--out", str(tmp_path / "some")])
     assert [row[2] for row in tables(tmp_path / "some")[0][2:]] == ["0.0", "10.0"]

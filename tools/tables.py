@@ -207,22 +207,35 @@ def table_2(evals, values, lang, target):
     return markdown(rows)
 
 
+def most(evals, path):
+    """Return the largest of the numbers that all evaluations have at a path."""
+    return max(look_up(run["results"], path) or 0 for run in sum(evals.values(), []))
+
+
 def notes(evals, heads):
-    """Return a line on the numbers of items, and one on judges. heads: {column: heading}."""
+    """Return lines on the numbers of items, on answers that were cut off, and on judges.
+
+    heads: {column: heading}.
+    """
     source = evals["source"][0]["results"]
-    sizes, judges = [], []
+    sizes, judges, cut = [], [], []
     for column, head in heads.items():
         found = look_up(source, column.rpartition("/")[0]) or {}
         size = found.get("n") or found.get("documents")
         if size:
             sizes.append(f"{head[:-2]} {size}")
+        if "cut" in found:
+            highest = most(evals, column.rpartition("/")[0] + "/cut")
+            if highest > 0:
+                cut.append(f"{head[:-2]} {highest:.0%}")
         if "judge" in found:
             judges.append(f"{head[:-2]} by {found['judge']['name']}")
         if "unparsed" in found:
-            path = column.rpartition("/")[0] + "/unparsed"
-            unparsed = max(look_up(run["results"], path) or 0 for run in sum(evals.values(), []))
+            unparsed = most(evals, column.rpartition("/")[0] + "/unparsed")
             judges.append(f"of which at most {unparsed:.1%} could not be read")
     lines = [f"Items or documents: {', '.join(sizes)}."]
+    if cut:
+        lines.append(f"Answers that --max-new-tokens cut off, at most: {', '.join(cut)}.")
     if judges:
         lines.append(f"Judged: {', '.join(judges)}.")
     return lines
