@@ -13,7 +13,7 @@ less memory. Before saving, every frozen weight is compared with the source mode
 On a CPU, in a few minutes:
     python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
-        --steps 32 --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4
+        --steps 32 --batch-size 8 --micro-batch-size 8 --seq-len 128 --lr 5e-4 --precision fp32
 On one GPU, as published (`python tools/plan.py --model MODEL` says what fits where):
     python train.py --model allenai/OLMo-2-1124-7B-Instruct --data madlad:ne --precision bf16-true \
         --mask runs/ne/ssu-wanda/mask.safetensors --out runs/ne/ssu-wanda \
@@ -321,7 +321,7 @@ def train(args, model, masks, sequences, heldout, settings):
     """Run the loop of Section 3.3.
 
     All that a step depends on follows from its number or is in the checkpoint, so that --resume
-    gives the same bits. A line of the log is written before the checkpoint of its step.
+    gives the same bits on a CPU. A line of the log is written before the checkpoint of its step.
     """
     log = args.out / "train.jsonl"
     tokens_per_step = args.batch_size * args.seq_len

@@ -1,6 +1,7 @@
 """Time of a training step and the bytes that its processes exchange, for 1, 2 and 4 processes.
 
-    . ./setup.sh; python tests/bench_scaling.py                      # minutes on two cores
+    . ./setup.sh {,data/,tests/}requirements.txt
+    python tests/bench_scaling.py                      # minutes on two cores
     python tests/bench_scaling.py --shape tiny --steps 3             # seconds
     python tests/bench_scaling.py --shape 7B --ranks 1 8 --batch-size 32 --seq-len 512
 

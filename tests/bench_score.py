@@ -1,7 +1,8 @@
 """Wanda's scores in one forward pass: how much longer than the bare pass? Paired, taking turns in
 one process.
 
-    . ./setup.sh; python tests/bench_score.py    # SmolLM2's shape: minutes on two cores
+    . ./setup.sh {,data/,tests/}requirements.txt
+    python tests/bench_score.py    # SmolLM2's shape: minutes on two cores
     python tests/bench_score.py --shape 7B --samples 32 --seq-len 2048 --batch-size 4
 
 score.py's own input_norms against the decoder alone on the same random tokens and weights, in

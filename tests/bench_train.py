@@ -1,6 +1,7 @@
 """Time and memory of a training step: full fine-tuning, masked, compact and others, in paired runs.
 
-    . ./setup.sh; python tests/bench_train.py --precision fp32   # ten minutes on two cores
+    . ./setup.sh {,data/,tests/}requirements.txt
+    python tests/bench_train.py --precision fp32   # ten minutes on two cores
     python tests/bench_train.py --shape 7B --batch-size 32 --seq-len 512 --ways compact
 
 fft, masked, compact, bf16-true (compact too): train.py's own loop, half of the columns frozen.

@@ -296,7 +296,7 @@ def put_glotlid_file():
 
 
 def problems_in(out):
-    return [line for line in out.splitlines() if line.startswith("does not fit: ")]
+    return [line for line in out.splitlines() if line.startswith("problem: ")]
 
 
 def test_plan_says_what_does_not_fit(paper_sets, tmp_path, monkeypatch, capsys):

@@ -367,6 +367,15 @@ def test_only_some_methods_need_calibration_text(methods, read, tmp_path):
     assert subprocess.run(["bash", "-euc", script], **run).stdout == f"{read}\n"
 
 
+def test_answers_are_asked_again_after_a_change_of_what_asks_them():
+    script = f'. "{ROOT}/tools/driver.sh"; gpus=0 accumulated=2 en=en; read_lists; '
+    script += 'echo "${chat_inputs[@]}"'
+    settings = dict(TASKS="chat,t3", PRECISION="fp32", CALIBRATION="chats.jsonl")
+    run = dict(env=os.environ | settings, capture_output=True, text=True, check=True)
+    found = subprocess.run(["bash", "-euc", script], **run).stdout.split()
+    assert found == ["evaluate.py", "tools/answers.py", "tools/judged.py", "en/t3.jsonl"]
+
+
 def test_only_the_prompts_of_the_language_are_an_input(tmp_path):
     """A third language in languages.json makes no evaluation old."""
     (tmp_path / "data").mkdir()

@@ -74,11 +74,12 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     read -ra methods <<< "${METHODS-fft ssu-wanda}"
     read -ra ratios <<< "${RATIOS:-0.5}"
     read -ra tasks <<< "${TASKS//,/ }"
-    evaluate_tasks= chat_tasks= chat_inputs=() score_inputs=() dtype=float32
+    evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
+    chat_inputs=(evaluate.py tools/{answers,judged}.py)  # what chat_eval.py is made of
     local task
     for task in "${tasks[@]}"; do
         case $task in
-            t3) chat_tasks+=,t3 chat_inputs=("$en/t3.jsonl") ;;  # no other task reads it
+            t3) chat_tasks+=,t3 chat_inputs+=("$en/t3.jsonl") ;;  # no other task reads it
             chat|ifeval|gsm8k|ae2|codemix|mtb) chat_tasks+=,$task ;;
             *) evaluate_tasks+=,$task ;;
         esac
@@ -123,7 +124,7 @@ run() {  # COMMAND...: run it in a process group of its own, so that a signal en
 }
 
 prompt_files=(data/{evaluation,instruct,models}.py)  # what writes the prompts
-save_prompts() {  # write the prompts' words, so that another language in languages.json changes none
+save_prompts() {  # write the prompts' words, so that another language changes none
     prompt_files+=("$dir/prompts.json")
     python -c "import json, sys
 languages = json.load(open('data/languages.json', encoding='utf-8'))

@@ -401,7 +401,9 @@ def main(argv=None):
     if args.check:
         return 0
     if args.model == EMBEDDED_MODEL and not Path(args.model).exists():
-        print("the model is made first; it takes 5.6 GB of memory, and 0.6 GB of disk per method")
+        print(
+            "the model is made first; it takes up to 8.4 GB of memory, and 0.6 GB of disk per method"
+        )
         return 0
     try:
         problems = plan(args)
@@ -409,7 +411,7 @@ def main(argv=None):
         print("plan.py: interrupted", file=sys.stderr)
         return 130
     for problem in problems:
-        print(f"does not fit: {problem}")
+        print(f"problem: {problem}")
     return 2 if problems else 0
 
 
