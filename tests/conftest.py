@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import hub
@@ -22,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,6 +33,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+# tqdm's own lock is shared with forks: one that a test kills while it draws would keep it for ever.
+tqdm.set_lock(threading.RLock())
 
 pytest_plugins = ["paper_hub"]  # its fixtures
 ROOT = Path(__file__).resolve().parent.parent
