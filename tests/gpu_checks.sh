@@ -6,8 +6,8 @@
 #   WHEELS=folder bash tests/gpu_checks.sh          packages to add: datasets, dill, multiprocess
 #   bash tests/gpu_checks.sh --tiny                 the same on a CPU, with tiny shapes
 #
-# It needs torch 2.11 and transformers 5.17 or newer, datasets, pytest, sacrebleu, xxhash, and peft
-# for one check. A check that fails is a row of the table, and the exit code is then 1.
+# It needs torch 2.11 and transformers 5.17 or newer, datasets, pytest, sacrebleu, xxhash, and for
+# one check each peft and torchao (with gcc and python3-dev). A check that fails is a row of the table, and the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} device=cuda shapes=(1B 7B)
@@ -75,6 +75,7 @@ def pytest_collection_modifyitems():
 END
 some="frozen_weights_stay_and_the_others_move or fp16_leaves_out"
 some+=" or chat_tokens or masked_update_equals or adalora_merged or bf16_source_is_saved"
+some+=" or gmt_keeps_the_largest"
 tests=("$python" -m pytest -q -c tests/pytest.ini -p on_device -m "not slow")
 export CHECK_DEVICE=$device
 PYTHONPATH=$work:$PYTHONPATH check "fast tests: train.py" 150 \
@@ -134,6 +135,62 @@ else
     row "train ${shapes[0]} masked --compile" "-" "no C++ compiler"
 fi
 
+# A run that is killed after its checkpoint, and resumed. A GPU need not give the same bits.
+cat > "$work/resume.py" << 'END'
+import json, subprocess, sys, tempfile, time
+from pathlib import Path
+import make_mask, score
+from conftest import TEXT, tiny_model, write_jsonl
+from variants import files
+
+device, *options = sys.argv[1:]
+folder = Path(tempfile.mkdtemp(dir=Path(__file__).parent))
+text = write_jsonl(folder / "text.jsonl", [{"text": f"{i} {TEXT[i % 5]}"} for i in range(400)])
+model = tiny_model(folder / "source", hidden_size=128, intermediate_size=256)
+if "--gmt-ratio" not in options:
+    scores, mask = folder / "scores.safetensors", folder / "mask.safetensors"
+    score.main(["--model", str(model), "--method", "random", "--out", str(scores)])
+    make_mask.main(["--scores", str(scores), "--out", str(mask)])
+    options += ["--mask", str(mask)]
+command = [sys.executable, "train.py", "--model", str(model), "--data", str(text), *options]
+command += ["--device", device, "--lr", "1e-3", "--seq-len", "32", "--batch-size", "8"]
+command += ["--steps", "300", "--save-every", "150", "--log-every", "1", "--out"]
+log = open(folder / "log", "w")
+
+
+def start(out, *more):
+    return subprocess.Popen([*command, str(folder / out), *more], stdout=log, stderr=log)
+
+
+def losses(out):
+    lines = map(json.loads, (folder / out / "train.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+whole, broken = start("whole"), start("broken")
+while broken.poll() is None and not files.newest_checkpoint(folder / "broken"):
+    time.sleep(0.01)
+broken.kill()
+if whole.wait() or broken.wait() != -9 or start("broken", "--resume").wait():
+    sys.exit((folder / "log").read_text())
+one, other = losses("whole"), losses("broken")
+apart = max(abs(a - b) / b for a, b in zip(one, other, strict=True))
+if apart > 0.02:
+    sys.exit(f"losses differ by {apart:.1%} from those of a run that was not killed")
+print(f"{len(one)} losses, {one[0]:.3f} to {one[-1]:.3f}, within {apart:.0e} of a whole run's")
+END
+resume() {  # OPTION...
+    check "killed and resumed, $*" 150 "$python" "$work/resume.py" "$device" "$@"
+}
+resume --precision bf16
+resume --precision bf16-true --compact
+resume --precision bf16 --gmt-ratio 0.5
+if "$python" -c "import torchao" 2> /dev/null; then
+    resume --precision bf16-true --compact --optimizer adamw8bit
+else
+    row "killed and resumed, --optimizer adamw8bit" "-" "no torchao"
+fi
+
 # fp16, then one process under torchrun, with fully_shard and without. It exchanges nothing over NCCL.
 scaling=("$python" tests/bench_scaling.py --device "$device" --shape "${shapes[0]}" "${size[@]}"
     --micro-batch-size 4 --ranks 1 --rounds 1)
@@ -176,11 +233,11 @@ import torch
 from transformers import AutoModelForCausalLM
 import bench_train, evaluate
 
-device, shape = sys.argv[1:]
+device, shape, dtype = sys.argv[1:]
 torch.manual_seed(0)
 config = bench_train.SHAPES[shape]
 with torch.device(device):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 prompts = [torch.randint(1, config.vocab_size, (20 + i,)).tolist() for i in range(16)]
 rows = [(prompt, prompt[:5]) for prompt in prompts]
 
@@ -207,12 +264,15 @@ with torch.inference_mode():
     (others, other_texts), slow = timed(one_by_one)
 apart = max(abs(a - b) / abs(b) for a, b in zip(sums, others))
 differ = sum(a != b for a, b in zip(texts, other_texts))
-if apart > 1e-4 or differ > 2:
+if apart > {"float32": 1e-4, "bfloat16": 0.02}[dtype] or (dtype == "float32" and differ > 2):
     sys.exit(f"log-likelihoods differ by {apart:.1e}, {differ} of {len(texts)} answers differ")
 print(f"{slow / fast:.1f} times as fast as one by one; log-likelihoods within {apart:.0e}, "
       f"{differ} of {len(texts)} answers differ")
 END
-check "evaluation in batches ${shapes[0]}" 90 "$python" "$work/batches.py" "$device" "${shapes[0]}"
+for dtype in float32 bfloat16; do
+    check "evaluation in batches ${shapes[0]}, $dtype" 90 \
+        "$python" "$work/batches.py" "$device" "${shapes[0]}" "$dtype"
+done
 
 echo
 cat "$work/table"
