@@ -124,7 +124,7 @@ make_all() {  # RUN RESULTS SEED LANG VARIABLE=VALUE...: make the models that OU
             return "$code"
         fi
         mkdir -p "$to/source" "$to/$model"
-        cp "$runs/$4/source/eval.json" "$to/source/"
+        [ -e "$to/source/eval.json" ] || cp "$runs/$4/source/eval.json" "$to/source/"
         cp "$runs/$4/$model"/{eval.json,train.jsonl} "$to/$model/"
         rm -r "$runs/$4/$model"/{model,eval.json}  # both are made again if the copy is deleted
         echo "done: $to/$model"
