@@ -211,7 +211,7 @@ def make_items(args, tokenizer):
             length = len(prompt) + max(map(len, parts), default=args.max_new_tokens + 1) - 1
             if length > args.context:
                 what = f"{key_of(item)}: {length} tokens, of {args.context} at most"
-                fail(f"{what}. Lower --max-new-tokens, or remove it")
+                fail(f"{what}. Remove it or, in mt and sum, lower --max-new-tokens")
             count.update(chain(prompt, *parts))
 
     check_unknown(tokenizer, count[tokenizer.unk_token_id], count.total(), args.data_dir, fail)

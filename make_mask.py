@@ -10,10 +10,10 @@ parameter is compared with another. Of equal scores, the lower index is frozen f
 
 HFT (Section 4.4) and S2FT (Section 6) choose at random, and need no scores. The paper does not say
 whether S2FT trains embeddings and LM head: s2ft-down-embeddings does, as the authors' code does.
-LoTA (Section 6) trains the weights that moved furthest: --freeze lowest. Masks are made on a CPU.
-They are uint8, in the smallest shape that broadcasts onto the parameter: [1, d_in] for columns,
-[d_out, 1] for rows, [d_out, d_in] for elements, [1, 1] or [1] for a whole parameter, [d] for a 1-D
-parameter.
+LoTA (Section 6) trains the weights that moved furthest, so the lowest delta scores are frozen.
+Masks are made on a CPU. They are uint8, in the smallest shape that broadcasts onto the parameter:
+[1, d_in] for columns, [d_out, 1] for rows, [d_out, d_in] for elements, [1, 1] or [1] for a whole
+parameter, [d] for a 1-D parameter.
 """
 
 import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)

@@ -70,7 +70,7 @@ evaluate() {  # MODEL FOLDER [INPUT...]: what is gained in the target language a
     evaluated+=("${2##*/}")
 }
 adapt() {  # METHOD RATIO: a static method is a mask file, the others are options of train.py
-    local out=$dir/$1 ratio=$2 freeze=highest scores= mask=() inputs=() options=()
+    local out=$dir/$1 ratio=$2 scores= mask=() inputs=() options=()
     [ "$2" = 0.5 ] || out=$dir/$1@$2
     case $1 in
         fft) ;;
@@ -85,10 +85,10 @@ adapt() {  # METHOD RATIO: a static method is a mask file, the others are option
             local tuned=$dir/lota-calibration score_inputs=("$dir/lota-calibration/model.made-by")
             stage "$tuned/model" "${texts[@]}" -- "${train[@]}" --out "$tuned" --steps 100
             score delta element --adapted "$tuned/model"
-            freeze=lowest; [ "$1" = lota ] || ratio=0.${1#lota-} ;;
+            [ "$1" = lota ] || ratio=0.${1#lota-} ;;
         *) mask=(--method "$1" --model "$MODEL" --ratio "$2" --seed "$SEED") ;;  # hft
     esac
-    [ -z "$scores" ] || mask=(--scores "$scores" --ratio "$ratio" --freeze "$freeze")
+    [ -z "$scores" ] || mask=(--scores "$scores" --ratio "$ratio")
     if [ ${#mask[@]} -gt 0 ]; then
         stage "$out/mask.safetensors" ${scores:+"$scores.made-by"} -- \
             python make_mask.py "${mask[@]}" --out "$out/mask.safetensors"

@@ -341,7 +341,7 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:
         fail(f"a file cannot be read or written ({error}). Check --model, --out and free space")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}. Lower --batch-size, or start it on several GPUs with torchrun")
+        fail(f"{error}. Lower --batch-size (fim: --seq-len), or try several GPUs with torchrun")
     except KeyboardInterrupt:
         tqdm.write("score.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -75,7 +75,7 @@ def parse_args(argv=None):  # noqa: C901
     add("--warmup-ratio", type=float, default=0.05, help="fraction of the steps used for warmup")
     add("--weight-decay", type=float, default=0.01, help="decoupled decay of trainable matrices")
     add("--max-grad-norm", type=float, default=1.0, help="clipping threshold, 0: none (ours)")
-    add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, --micro-batch-size 8)")
+    add("--gmt-ratio", type=float, help="GMT: fraction to drop (Table 8: four micro-batches of 8)")
     add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
     add("--seed", type=int, default=42, help="seed of the order of sequences, and of all else")
     add = parser.add_argument_group("precision, memory and speed").add_argument
@@ -87,8 +87,8 @@ def parse_args(argv=None):  # noqa: C901
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--compile", action="store_true", help="torch.compile of each decoder layer")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--timeout", type=float, default=10, help="minutes to wait for another rank")
     add("--device", choices=devices, default=devices[0], help="device to train on")
+    add("--timeout", type=float, default=10, help="minutes to wait for another rank")
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=int, default=10, help="steps between lines of train.jsonl")
     add("--eval-every", type=int, default=500, help="steps between held-out losses (0: ends only)")
@@ -204,7 +204,7 @@ def heldout_losses(step, model, heldout, args, autocast):
         for tokens in sequences[chosen]["input_ids"].to(args.device).split(args.micro_batch_size):
             with autocast():
                 nats += next_token_loss(model, tokens).item() / (size * (args.seq_len - 1))
-        bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]
+        bits = nats / math.log(2) * counts["tokens"] / counts["bytes"]  # of the whole text
         values |= {f"{side}_loss": round(nats, 6), f"{side}_bpb": round(bits, 6)}
         tqdm.write(f"step {step}: {side} {bits:.4f} bits per byte, {nats:.4f} nats per token")
     model.train()
@@ -251,11 +251,11 @@ def decay_weights(decayed, lr_times_decay):
 
 
 @torch.no_grad()
-def verify_and_copy(model, source, masks):
+def verify_and_copy(model, source, masks, dtype):
     """Check that frozen weights did not move, and copy trained ones into source.
 
-    source: {parameter name: fp32 weights of the source model}. Return the numbers of frozen,
-    trainable and moved weights.
+    source: {parameter name: fp32 weights of the source model}, saved in dtype. Return the numbers
+    of frozen, trainable and moved weights, before they are rounded to dtype.
     """
     counts = torch.zeros(3, dtype=torch.int64)
     columns = compact.trained_columns(model)
@@ -268,7 +268,7 @@ def verify_and_copy(model, source, masks):
         update = mask.to(after.device).bool().expand(after.shape)
         if (changed & ~update).any():
             fail(f"frozen weights of {name} moved, nothing is saved. Report this bug of train.py")
-        if not torch.isfinite(after).all():
+        if not torch.isfinite(after.to(dtype)).all():
             fail(f"trained weights of {name} are not finite, nothing is saved. Lower --lr")
         counts += torch.stack([(~update).sum(), update.sum(), (changed & update).sum()]).cpu()
         before.copy_(after)
@@ -288,7 +288,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
         dtype = torch.float32  # config.json names a coarser dtype, which would round frozen weights
     if args.adalora:
         model = adalora.merge(model, source)
-    frozen, trainable, moved = verify_and_copy(model, source, masks)
+    frozen, trainable, moved = verify_and_copy(model, source, masks, dtype)
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source")
     print(f"moved: {moved:,} of {trainable:,} trainable weights")
     final = args.out / "model"

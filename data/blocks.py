@@ -6,7 +6,6 @@ Documents are concatenated, each ended by the end-of-text token, and cut (Sectio
 `datasets` caches each step under a key of text, tokenizer and this file, and memory-maps it.
 """
 
-import gzip
 import hashlib
 import os
 import zlib
@@ -14,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 import transformers
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetsError
@@ -25,7 +23,7 @@ from pyarrow import ArrowException
 
 from data.identity import sha256_of
 from data.models import check_unknown, end_of_text, stop_clock
-from data.rows import parse
+from data.rows import read_rows
 from variants.files import fail
 
 MADLAD = "allenai/MADLAD-400"  # Section 4.3
@@ -38,23 +36,6 @@ BAD_ROW = (
     UnicodeEncodeError,
     TemplateError,
 )
-
-
-def read_rows(path):
-    """Yield the rows of a .parquet, .jsonl, .jsonl.gz or .txt file. Blank lines are left out."""
-    if path.endswith(".parquet"):
-        for batch in parquet.ParquetFile(path).iter_batches(1000):
-            yield from batch.to_pylist()
-        return
-    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-    with opened as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            if path.endswith(".txt"):
-                yield {"text": line.decode("utf-8-sig").strip()}
-            else:
-                yield parse(line)
 
 
 def read_documents(flag, path, tokenizer):
@@ -153,7 +134,6 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     cache = hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:32]
 
     documents = load_documents(flag, data, tokenizer, cache)
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # not on macOS
     ids = {"input_ids": List(Value("int32"))}
     numbers = dict.fromkeys(("tokens", "unknown", "bytes", "words"), Value("int64"))
     tokens = documents.map(
@@ -161,7 +141,7 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "end_id": end_id},
         remove_columns=documents.column_names,
-        num_proc=min(len(allowed(0)), 1 + len(documents) // 10_000),
+        num_proc=min(len(os.sched_getaffinity(0)), 1 + len(documents) // 10_000),
         features=Features(ids | numbers),
         new_fingerprint=f"{cache}-counted",
         desc=f"tokenize {flag}",

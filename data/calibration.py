@@ -6,10 +6,8 @@ A document is a chat or raw text. Chats are written in the model's chat template
 shuffled, concatenated and cut into sequences without padding (Section 4.3 and Table 5).
 """
 
-import gzip
 import random
 import zlib
-from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -17,11 +15,10 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 from jinja2 import TemplateError
 from pyarrow import ArrowException
-from pyarrow.parquet import read_table
 from tqdm import tqdm
 
 from data.models import check_unknown, end_of_text, stop_clock
-from data.rows import parse
+from data.rows import read_rows
 from variants import distributed
 
 PRESETS = {  # --data: data set, revision, size of the download
@@ -59,26 +56,18 @@ def to_document(row):
 
 
 def read_documents(path):
-    """Yield the documents of a local file. Skip blank lines; fail at the first bad line."""
+    """Yield the documents of a local file. Fail at the first bad row."""
     number = 1
     try:
-        if path.suffix == ".parquet":
-            for row in read_table(path).to_pylist():
-                yield to_document(row)
-                number += 1
-            return
-        open_file = gzip.open if path.suffix == ".gz" else open
-        with open_file(path, "rb") as lines:
-            for line in lines:
-                if line.strip():
-                    raw = path.suffix == ".txt"
-                    row = {"text": line.decode("utf-8-sig").strip()} if raw else parse(line)
-                    yield to_document(row)
-                number += 1
+        for row in read_rows(path):
+            yield to_document(row)
+            number += 1
+    except FileNotFoundError:
+        fail(f"--data {path}: no such file. Give one, or {' or '.join(PRESETS)}")
     except BAD_FILE as error:
         fail(
-            f"--data {path}: cannot read line {number} ({type(error).__name__}: {error}). Write "
-            "one JSON object per line in UTF-8, with messages, instruction and output, or text"
+            f"--data {path}: cannot read row {number} ({type(error).__name__}: {error}). Write one "
+            "JSON object per line in UTF-8, with messages, instruction and output, or text"
         )
 
 
@@ -116,7 +105,7 @@ def calibration_tokens(data, tokenizer, num_samples, seq_len, seed):
     if data in PRESETS:
         documents = load_preset(data, seed)
     else:
-        documents = list(read_documents(Path(data)))
+        documents = list(read_documents(str(data)))
         random.Random(seed).shuffle(documents)
 
     ids = []

@@ -18,5 +18,5 @@ def end(number, frame):
     os._exit(130)
 
 
-if SCRIPT in ("score.py", "make_mask.py", "train.py", "evaluate.py", "chat_eval.py"):
+if SCRIPT in ("score.py", "make_mask.py", "train.py", "evaluate.py"):
     signal.signal(signal.SIGINT, end)

@@ -371,7 +371,8 @@ def render(kind, args, locale):
 def phrases(locale, terms, held, count, seed):
     """Return [(kind, line, English line)] without duplicates.
 
-    Held-out lines have held-out terms and a number divisible by five.
+    Held-out lines have held-out terms (but relative times) and a number divisible by five (but
+    places).
     """
     rng, rows, shares = random.Random(seed), {}, {}
     for kind, share in KINDS.items():

@@ -1,11 +1,31 @@
-"""What users write: JSON Lines, where a row is an object on one line, and languages.json."""
+"""What users write: files of text, JSON Lines above all, and languages.json."""
 
 import argparse
+import gzip
 import json
 import os
 import sys
 from pathlib import Path
 from string import Formatter
+
+
+def read_rows(path):
+    """Yield the rows of a .parquet, .jsonl, .jsonl.gz or .txt file. Blank lines are left out."""
+    if path.endswith(".parquet"):
+        from pyarrow.parquet import ParquetFile  # tools/plan.py needs this file before a set-up
+
+        for batch in ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+        return
+    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+    with opened as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            if path.endswith(".txt"):
+                yield {"text": line.decode("utf-8-sig").strip()}
+            else:
+                yield parse(line)
 
 
 def parse(line):

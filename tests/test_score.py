@@ -347,16 +347,16 @@ GOOD = b'{"text": "a"}\n'
 BAD_TEXT = {
     "empty": (b"", "do not fill one sequence"),
     "short": (b'{"text": "short"}\n', "do not fill one sequence"),
-    "not JSON": (GOOD + b"\nnot json\n", "line 3"),
-    "other columns": (GOOD + b'{"body": "a"}\n', "line 2"),
-    "no text": (b'{"text": 5}\n', "line 1"),
-    "chat as text": (b'{"messages": "hello"}\n', "line 1"),
-    "chat of numbers": (b'{"messages": [1]}\n', "line 1"),
-    "chat of parts": (b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}\n', "line 1"),
-    "no answer": (b'{"instruction": "a"}\n', "line 1"),
-    "surrogate escape": (GOOD + b'{"text": "\\ud83d"}\n', "line 2"),
-    "CESU-8": (GOOD + b'{"text": "\xed\xa0\xbd"}\n', "line 2"),
-    "nested": (GOOD + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 2"),
+    "not JSON": (GOOD + b"\nnot json\n", "row 2"),
+    "other columns": (GOOD + b'{"body": "a"}\n', "row 2"),
+    "no text": (b'{"text": 5}\n', "row 1"),
+    "chat as text": (b'{"messages": "hello"}\n', "row 1"),
+    "chat of numbers": (b'{"messages": [1]}\n', "row 1"),
+    "chat of parts": (b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}\n', "row 1"),
+    "no answer": (b'{"instruction": "a"}\n', "row 1"),
+    "surrogate escape": (GOOD + b'{"text": "\\ud83d"}\n', "row 2"),
+    "CESU-8": (GOOD + b'{"text": "\xed\xa0\xbd"}\n', "row 2"),
+    "nested": (GOOD + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "row 2"),
 }
 
 
@@ -381,7 +381,7 @@ def test_damaged_gzip_is_one_line(damage, olmo2, tmp_path, refused):
         }[damage]
     )
     argv = ["--model", olmo2, "--data", tmp_path / "d.jsonl.gz", "--seq-len", 64]
-    assert "d.jsonl.gz: cannot read line" in refused(score.main, *argv, "--out", tmp_path / "s")
+    assert "d.jsonl.gz: cannot read row" in refused(score.main, *argv, "--out", tmp_path / "s")
 
 
 def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, refused):

@@ -986,14 +986,15 @@ def test_the_proof_refuses_what_moved_and_what_is_not_finite(capsys):
     for column, value, message in (
         (0, 9.0, "frozen weights of 0.weight moved"),
         (1, math.nan, "finite"),
+        (1, 70_000.0, "finite"),  # above the largest number of fp16
     ):
         model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
         source = {"0.weight": model[0].weight.detach().clone()}
         masks = {"0.weight": torch.tensor([[0, 1]], dtype=torch.uint8)}
-        assert train.verify_and_copy(model, source, masks) == [3, 3, 0]
+        assert train.verify_and_copy(model, source, masks, torch.float16) == [3, 3, 0]
         model[0].weight.data[1, column] = value
         with pytest.raises(SystemExit):
-            train.verify_and_copy(model, source, masks)
+            train.verify_and_copy(model, source, masks, torch.float16)
         assert message in capsys.readouterr().err
 
 

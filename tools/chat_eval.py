@@ -33,9 +33,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
-from data.evaluation import check_out, code_sha256, fail, versions_for
+from data.evaluation import check_out, code_sha256, fail, locked, read_rows, versions_for
 from data.identity import git_commit, sha256_of
-from data.rows import language_code, write_atomically
+from data.models import context_of
+from data.rows import LANGUAGES, language_code, write_atomically
 from evaluate import GREEDY, SAMPLING
 from tools import judged
 from tools.answers import ask_all, resume
@@ -104,7 +105,7 @@ def english_confidence(how, lang):
     over English and the target language alone. `script` is the fraction of Latin letters, for where
     GlotLID cannot be had.
     """
-    code = evaluate.LANGUAGES[lang].get("flores")
+    code = LANGUAGES[lang].get("flores")
     if code is None:
         fail(f"codemix: {lang} has no `flores` in data/languages.json. Add its code")
     if how == "script":
@@ -303,10 +304,10 @@ def read_texts(args):
     """Return the instructions of ae2 and the trigram odds of chat, where they are asked for."""
     rows, odds = [], None
     if "ae2" in args.tasks:
-        rows = evaluate.read_rows(args, "source", "ae2", ["instruction"])[: args.num_questions]
+        rows = read_rows(args, "source", "ae2", ["instruction"])[: args.num_questions]
     if "chat" in args.tasks:
-        english = evaluate.read_rows(args, "source", "heldout", ["text"])
-        odds = english_odds(english, evaluate.read_rows(args, "target", "heldout", ["text"]))
+        english = read_rows(args, "source", "heldout", ["text"])
+        odds = english_odds(english, read_rows(args, "target", "heldout", ["text"]))
     return rows, odds
 
 
@@ -339,7 +340,7 @@ def answer_everything(args, found, manager, rows, texts, items):
     folder, config, tokenizer = found
     done, save = items
     model, ends, _ = instruct.load_model(folder, tokenizer, args.dtype, args.device)
-    context = evaluate.context_of(config)
+    context = context_of(config)
     batched = instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
     loaded = model, tokenizer, ends, batched, context
     if "chat" in args.tasks:
@@ -376,7 +377,7 @@ def run(args):
         english = english_confidence(args.language_id, args.lang)
     asked = [task for task in HARNESS if task in args.tasks]
     manager = harness_tasks(asked) if asked else None
-    context = evaluate.context_of(config)
+    context = context_of(config)
     if "ifeval" in asked and context <= 1280:
         fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
     judges = {task: judged.find_judge(task, args) for task in texts}
@@ -434,7 +435,7 @@ def free_models():
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with evaluate.locked(args.out):
+        with locked(args.out):
             run(args)
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-tokens")

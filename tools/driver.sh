@@ -30,7 +30,8 @@ choose_profile() {  # set PROFILE, if it is not, and $why and $gpus
     memory=$("${ask[@]}" 2>/dev/null) || memory=
     [ "${CUDA_VISIBLE_DEVICES-all}" ] || memory=  # set, but to nothing
     gpus=$(grep -c '^[0-9]' <<< "$memory") || :
-    # MiB of the 1, 2, 4 or 8 that share a batch. Small cards do not hold what GPUs cannot share.
+    # MiB of the 1, 2, 4 or 8 GPUs that share a batch. Cards below 40 GB do not count: each must
+    # hold embeddings and logits alone.
     memory=$(awk '$1 >= 40000 { n++; sum += $1 }
         END { for (used = 1; 2 * used <= n && used < 8;) used *= 2
               print int(n ? sum / n * used : 0) }' <<< "$memory")

@@ -23,7 +23,8 @@ from huggingface_hub.errors import HTTPError
 
 import evaluate
 from data import instruct, models
-from data.evaluation import fail
+from data.evaluation import fail, read_rows
+from data.models import context_of
 from data.safety import WANTED
 from tools.answers import ask_all
 
@@ -223,7 +224,7 @@ def t3_scores(rows, labels, whole):
 
 def read_mtb(args):
     """Return the questions of en/mtb.jsonl."""
-    rows = evaluate.read_rows(args, "source", "mtb", ["question_id", "category"])
+    rows = read_rows(args, "source", "mtb", ["question_id", "category"])
     for row in rows:
         where = f"en/mtb.jsonl: question {row['question_id']}"
         for name, sizes in (("turns", (2,)), ("reference", (0, 2))):
@@ -239,7 +240,7 @@ def read_t3(args):
     """Return the prompts of en/t3.jsonl: all, or the first --num-questions of each part."""
     columns = ["id", "task", "want", "prompt", "judged"]
     parts = {part: [] for part in WANTED}
-    for row in unique(evaluate.read_rows(args, "source", "t3", columns), "id", "en/t3.jsonl"):
+    for row in unique(read_rows(args, "source", "t3", columns), "id", "en/t3.jsonl"):
         if row["want"] not in WANTED.get(row["task"], ()):
             pair = f"task {row['task']} and want {row['want']}"
             fail(f"en/t3.jsonl: {row['id']} has {pair}. Make it with data/prepare_paper.py")
@@ -309,7 +310,7 @@ def tokens_needed(task, rows, tokenizer, judge_tokenizer):
 def check_contexts(task, rows, tokenizer, context, judge, args):
     """Fail if what is asked of the model or of the judge does not fit its context."""
     _, config, judge_tokenizer, _ = judge
-    judge_context = evaluate.context_of(config)
+    judge_context = context_of(config)
     contexts = (args.model, context), (getattr(args, f"{task}_judge"), judge_context)
     needed = tokens_needed(task, rows, tokenizer, judge_tokenizer)
     for (name, has), takes in zip(contexts, needed, strict=True):
@@ -393,7 +394,7 @@ def load_judge(judge, task, args):
         model = models.load_weights(folder, fail, dtype=getattr(torch, args.dtype))
         model = model.to(args.device).eval()
         ends = sorted({tokenizer.eos_token_id, *instruct.end_tokens(folder)} - {None})
-    context = evaluate.context_of(config)
+    context = context_of(config)
     batched = instruct.can_batch(model, config, context, evaluate.loglik, evaluate.generate)
     return model, tokenizer, ends, batched, context
 

@@ -247,7 +247,11 @@ def check_memory(args, model):
     )
     if lacking <= 0:
         return []
-    remedies = "PRECISION=bf16-true, COMPACT=1, OPTIMIZER=adamw8bit, or leave it out of METHODS"
+    remedies = "leave it out of METHODS"
+    if method in COMPACT:
+        remedies = f"COMPACT=1, {remedies}"
+    if method != "adalora":
+        remedies = f"PRECISION=bf16-true, OPTIMIZER=adamw8bit, {remedies}"
     sizes = f"training by {method} takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"
     return [f"{sizes}. Try {remedies}"]
 

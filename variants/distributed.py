@@ -223,8 +223,9 @@ def read_source(model, name, directory, dtype=torch.float32):
 
 
 def check_tied(model, name, directory):
-    """Exit with an error if files hold two weights where config.json ties them. One process unties
-    them, too, but a skeleton is tied before the files are read.
+    """Exit with an error if the files hold two different weights that config.json ties.
+
+    In one process transformers unties them. Here they are tied before the files are read.
     """
     pairs = model.all_tied_weights_keys.items()
     found = read_tensors({key for pair in pairs for key in pair}, directory)

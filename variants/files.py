@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -53,8 +52,7 @@ def peak_memory(device):
     """Return the peak bytes of PyTorch's allocator on a GPU, of the process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def save_model(model, source, dtype, directory, out):
 
 
 def maskable(model):
-    """Return the names of all parameters but embeddings and LM head, which are always trained."""
+    """Return the names of all parameters but embeddings and LM head, which SSU always trains."""
     return dict(model.named_parameters()).keys() - models.embeddings_and_head(model)
 
 
@@ -316,7 +314,8 @@ def resume_settings(args, model_key, data_key, masks):
 
     For all ranks. Exit with an error if they differ in it, or in when they evaluate and save.
     """
-    paths = {"model", "data", "mask", "out", "source_eval", "target_eval"}  # their contents count
+    # Of model, data and mask the contents count.
+    paths = {"model", "data", "mask", "out", "source_eval", "target_eval"}
     settings = {name: value for name, value in vars(args).items() if name not in paths}
     settings |= {"model": model_key, "data": data_key, "mask": digest_of(masks)}
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
