@@ -32,14 +32,13 @@ import statistics
 import sys
 from collections import Counter
 from itertools import chain, islice
-from pathlib import Path
 
 import sacrebleu
 import torch
 from tqdm import tqdm
 
 from data import evaluation, instruct
-from data.evaluation import fail, key_of, locked, read_rows, sample
+from data.evaluation import fail, json_file, key_of, locked, read_rows, sample
 from data.identity import git_commit, sha256_of
 from data.models import DATE, check_unknown, context_of
 from data.rows import LANGUAGES, language_code, to_lines, write_atomically
@@ -390,7 +389,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="directory or hub id of an instruct model")
     add("--lang", required=True, type=language_code, help="code of the target language")
     add("--data-dir", required=True, help="directory with en/ and one for each target language")
-    add("--out", required=True, type=Path, help="file to write, eval.json")
+    add("--out", required=True, type=json_file, help="file to write, eval.json")
     add("--tasks", default="bpb,mcq,mt", help=f"some of {names} (default: bpb,mcq,mt)")
     add("--num-samples", type=int, default=500, help="items of bpb, mcq, mt, sum (default: 500)")
     add("--num-questions", type=int, help="random items of mrc and mmlu (default: all)")
@@ -450,7 +449,7 @@ def evaluate(args):
     evaluation.check_out(args.out, "ssu-eval")
     evaluation.check_out(items_path, "ssu-eval-items")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    folder, model_sha256 = instruct.find_model(args.model)
+    folder, model_sha256 = instruct.find_model(args.model, args.out)
     config, tokenizer = instruct.load_tokenizer(folder)
     args.context, args.files = context_of(config), []
     items = make_items(args, tokenizer)

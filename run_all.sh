@@ -46,7 +46,7 @@ dir=$RUNS/$lang; mkdir -p "$dir"; exec 9> "$dir/.lock"
 flock -n 9 || fail "another run works in $dir. Wait for it, or set RUNS"
 
 # Data and the source model.
-if [[ "$DATA_DIR $MODEL" = *data/embedded* ]]; then prepare_embedded; fi
+if [ "$DATA_DIR" = data/embedded ] || [ "$MODEL" = data/embedded/model ]; then prepare_embedded; fi
 [ "$PROFILE" = embedded ] ||
     run python data/prepare_paper.py "$lang" --out "$DATA_DIR" --flores "$FLORES" --model "$MODEL"
 require "${texts[@]}" "${score_inputs[@]}" "${chat_inputs[@]}"; save_prompts

@@ -126,6 +126,9 @@ def input_reader(name, module, x):
     if isinstance(module, nn.Linear):
         return lambda inputs, output: inputs, 1.0
 
+    if not torch.isfinite(x).all():
+        fail(f"the input of {name} is not finite. The model's weights are damaged")
+
     # A norm is affine in its weight, norm(x) = weight * x_hat + rest, so two weights give x_hat.
     # This holds for RMSNorm and LayerNorm, and for norms that scale by 1 + weight.
     at_0, at_1, at_3 = (copy.deepcopy(module) for _ in range(3))
@@ -335,9 +338,8 @@ def run(args):
 
 def main(argv=None):
     distributed.quiet()
-    args = parse_args(argv)
     try:
-        run(args)
+        run(parse_args(argv))
     except (OSError, SafetensorError) as error:
         fail(f"a file cannot be read or written ({error}). Check --model, --out and free space")
     except torch.OutOfMemoryError as error:

@@ -60,7 +60,9 @@ def read_documents(path):
     number = 1
     try:
         for row in read_rows(path):
-            yield to_document(row)
+            document = to_document(row)
+            if document:
+                yield document
             number += 1
     except FileNotFoundError:
         fail(f"--data {path}: no such file. Give one, or {' or '.join(PRESETS)}")

@@ -4,7 +4,7 @@ precision=fp32  # a run in bf16 takes many times as long on a processor without 
 if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] ||
     grep -qsw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo; then precision=bf16; fi
 : "${DATA_DIR:=data/embedded}" "${MODEL:=data/embedded/model}"
-MODEL=${MODEL%/}
+MODEL=${MODEL%/} DATA_DIR=${DATA_DIR%/}
 [ "$MODEL" = data/embedded/model ] || : "${RUNS:=runs/embedded-${MODEL//\//-}}"  # its own results
 : "${RUNS:=runs}"
 : "${CALIBRATION:=$DATA_DIR/en/calibration.jsonl}" "${NUM_SAMPLES:=32}" "${STEPS:=32}"

@@ -1,5 +1,6 @@
 """The files of evaluate.py and chat_eval.py: evaluation sets, and what is kept beside --out."""
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -104,6 +105,14 @@ def in_words(language, row, options, context=""):
 
 
 # ---- Results -------------------------------------------------------------------------------------
+
+
+def json_file(name):
+    """Return the path that --out names. Its suffix is replaced in the names of other files."""
+    path = Path(name)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"{name} does not end in .json. Choose a name that does")
+    return path
 
 
 def check_out(path, form):

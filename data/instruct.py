@@ -16,8 +16,8 @@ from data.evaluation import fail
 from data.identity import sha256_of
 
 
-def find_model(name):
-    """Return the local directory of a checkpoint, and sha256 of its files."""
+def find_model(name, out=None):
+    """Return the local directory of a checkpoint, and sha256 of its files. Refuse `out` in it."""
     kinds = [".safetensors", ".json", ".jinja", ".model", ".txt"]
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -26,6 +26,8 @@ def find_model(name):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
         except models.BAD_MODEL as error:
             fail(f"model {name} is not a directory, and the hub did not give it: {error}")
+    if out and out.parent.resolve() == folder.resolve():
+        fail(f"--out {out}: lies among the files of the model. Choose another directory")
     return folder, sha256_of([path for path in folder.iterdir() if path.suffix in kinds])
 
 

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 from string import Formatter
 
+COLUMNS = ("text", "messages", "instruction", "input", "output")
+
 
 def read_rows(path):
     """Yield the rows of a .parquet, .jsonl, .jsonl.gz or .txt file. Blank lines are left out."""
     if path.endswith(".parquet"):
         from pyarrow.parquet import ParquetFile  # tools/plan.py needs this file before a set-up
 
-        for batch in ParquetFile(path).iter_batches(1000):
+        file = ParquetFile(path)
+        needed = [name for name in file.schema_arrow.names if name in COLUMNS]
+        for batch in file.iter_batches(1000, columns=needed or None):
             yield from batch.to_pylist()
         return
     opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
@@ -22,6 +26,8 @@ def read_rows(path):
         for line in lines:
             if not line.strip():
                 continue
+            if b"\0" in line:
+                raise ValueError(guess(line))
             if path.endswith(".txt"):
                 yield {"text": line.decode("utf-8-sig").strip()}
             else:
@@ -100,6 +106,7 @@ def check_prompts(code, prompts, english):
         if not needed - {"X"} <= given <= needed:  # X: a prompt may write the language's name
             given, needed = (" ".join(sorted(some)) or "none" for some in (given, needed - {"X"}))
             raise ValueError(f"the prompt {name} of {code} has fields {given}, but needs {needed}")
+        prompt.format(**dict.fromkeys(given, ""))  # raises ValueError for a field such as {X: }
 
 
 def fields_of(prompt):

@@ -1,5 +1,6 @@
 """train.py under torchrun on gloo: the run of one process, whatever the number of ranks."""
 
+import io
 import os
 import shutil
 import signal
@@ -62,6 +63,14 @@ def test_the_dtype_of_the_source_is_known_after_the_model_is_built():
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, dtype=torch.bfloat16)
     model = distributed.empty_model(config, dtype=torch.float32)
     assert model.dtype == torch.float32 and config.dtype == torch.bfloat16
+
+
+def test_text_that_a_locale_has_not_is_spelled_out(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    distributed.quiet()
+    print("ने", flush=True)
+    assert written.getvalue() == b"\\u0928\\u0947\n"
 
 
 def test_weights_that_files_untie_are_refused(llama, tmp_path, capsys):

@@ -235,7 +235,7 @@ def test_batches_stay_where_rounding_decides_between_two_tokens():
 @pytest.mark.parametrize("kind", BUILT)
 def test_every_way_equals_plain_rows_one_by_one(kind, capsys):
     model = random_model(*BUILT[kind])
-    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o --greedy".split())
+    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o.json --greedy".split())
     args.max_new_tokens = 6
     if not batches_work(model, model.config):
         args.batch_tokens = 0
@@ -281,7 +281,7 @@ def test_what_batches_get_wrong_is_done_one_by_one(capsys):
     model.forward = forward
     assert not batches_work(model, model.config)
     assert "mistral: everything is done one by one" in capsys.readouterr().out
-    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o".split())
+    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o.json".split())
     items = [({"task": "mt", "side": "source", "run": 0}, [5] * n, []) for n in (4, 5, 6)]
     assert [len(batch) for _, batch in evaluate.make_batches(items, args)] == [3]
     args.batch_tokens = 0
@@ -296,7 +296,7 @@ def test_a_window_too_long_to_try_is_done_one_by_one():
 
 
 def test_batches_do_not_exceed_the_budget_nor_lose_an_item():
-    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o".split())
+    args = evaluate.parse_args("--model m --lang ne --data-dir d --out o.json".split())
     args.batch_tokens, args.max_new_tokens = 60, 1
     sizes = [5, 30, 7, 7, 100, 1, 12, 30]
     items = [
@@ -725,6 +725,7 @@ def test_seeds_and_greedy(llama, data, whole, tmp_path):
         ("--model", "no/such/model", "model no/such/model is not a directory"),
         ("--model", "no", "model no is not a directory"),
         ("--out", "/dev/null/x/eval.json", "/dev/null"),
+        ("--out", "ssu-0.5", "--out: ssu-0.5 does not end in .json"),
         ("--data-dir", "nowhere", "nowhere/en/heldout.jsonl No such file"),
     ],
 )
@@ -823,7 +824,9 @@ def test_a_foreign_out_is_kept_and_one_process_writes_it(llama, data, tmp_path, 
     (tmp_path / "mine.json").write_text("{}")
     assert "no earlier run wrote it" in refused(evaluate.main, *argv, tmp_path / "mine.json")
     assert (tmp_path / "mine.json").read_text() == "{}"
-    assert "Is a directory" in refused(evaluate.main, *argv, tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    assert "Is a directory" in refused(evaluate.main, *argv, tmp_path / "folder.json")
+    assert "among the files of the model" in refused(evaluate.main, *argv, llama / "eval.json")
     with open(tmp_path / "e.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process writes" in refused(evaluate.main, *argv, tmp_path / "e.json")

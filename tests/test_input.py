@@ -155,6 +155,7 @@ LANGUAGES = {
     '{"sw": {"name": "Swahili", "prompts": {"mt": "{sentence}"}}}': "sw has a prompt mt, which is",
     '{"sw": {"name": "Swahili", "prompts": {"sum": "Fupisha:"}}}': "has fields none, but needs",
     '{"sw": {"name": "Swahili", "prompts": {"sum": "{txt}"}}}': "has fields txt, but needs text",
+    '{"sw": {"name": "Swahili", "prompts": {"sum": "{text: }"}}}': "Space not allowed",
     '{"sw": {"name": "Swahili", "prompts": {"sum": "{text"}}}': "expected '}'",
     '{"sw": {"name": "Swahili", "prompts": ["{text}"]}}': "no attribute",
 }

@@ -306,7 +306,9 @@ def test_an_answer_ends_where_the_context_does(llama):
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     prompts = {"long": list(range(3, 36)), "near": list(range(3, 28)), "short": [5, 6]}
     asked = {name: (ids, {"more": name}) for name, ids in prompts.items()}
-    args = chat_eval.parse_args(["--model", "m", "--lang", "ne", "--data-dir", "d", "--out", "o"])
+    args = chat_eval.parse_args(
+        ["--model", "m", "--lang", "ne", "--data-dir", "d", "--out", "o.json"]
+    )
     done, saved = {}, []
     loaded = model, tokenizer, [2], True, 30
     ask_all(loaded, "t3", 0, asked, 12, evaluate.GREEDY, args, (done, saved.append))

@@ -19,9 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    JambaConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
 )
 
@@ -268,7 +270,15 @@ def test_a_language_without_sets_of_the_paper_is_refused(olmo2, refused, monkeyp
     assert plan.main([*argv, "--profile", "embedded", "--tasks", "bpb"]) == 0
 
 
-@pytest.mark.parametrize("config", [GPT2Config(n_layer=1, n_embd=32, n_head=2), OPTConfig()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_layer=1, n_embd=32, n_head=2),
+        OPTConfig(),
+        OlmoeConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_experts=4),
+        JambaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=32),
+    ],
+)
 def test_memory_of_an_unknown_architecture_is_not_counted(config, tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert plan.main(["--model", str(tmp_path)]) == 0

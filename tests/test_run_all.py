@@ -357,7 +357,7 @@ def test_models_of_own_text_are_not_deleted(data, model, deleted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "methods, read", [("fft hft ssu-rand ssu-mag", ""), ("hft ssu-wanda-row", "chats.jsonl")]
+    "methods, read", [("fft hft ssu-rand ssu-mag", ""), ("hft\n  ssu-wanda-row", "chats.jsonl")]
 )
 def test_only_some_methods_need_calibration_text(methods, read, tmp_path):
     script = f'. "{ROOT}/tools/driver.sh"; gpus=0 accumulated=2 en=en; read_lists; '

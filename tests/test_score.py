@@ -3,10 +3,12 @@
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 
+import pyarrow
 import pytest
 import torch
 from conftest import (
@@ -21,8 +23,9 @@ from conftest import (
 )
 from hub import REQUESTS
 from paper_hub import put_tulu, served  # noqa: F401
+from pyarrow import parquet
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     ApertusConfig,
@@ -480,11 +483,11 @@ def test_interrupt_is_one_line(olmo2, tmp_path):
 
 
 def test_text_and_parquet_rows(olmo2, tmp_path):
-    """The same tokens from every format, with blank lines and a byte order mark."""
-    from datasets import Dataset
-
+    """The same tokens from every format, with blank lines, a byte order mark and another column."""
     rows = [{"text": f"some text number {i} of the file"} for i in range(30)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "raw[ne].parquet")
+    columns = {"text": [row["text"] for row in rows]}
+    columns["born"] = pyarrow.array([10**14] * 30, pyarrow.timestamp("s"))  # no date of Python's
+    parquet.write_table(pyarrow.table(columns), tmp_path / "raw[ne].parquet")
     (tmp_path / "a.txt").write_text("\n\n".join(r["text"] for r in rows), encoding="utf-8-sig")
     write_jsonl(tmp_path / "a.jsonl", rows)
     lines = (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\n \n")
@@ -495,6 +498,33 @@ def test_text_and_parquet_rows(olmo2, tmp_path):
         for name in ("raw[ne].parquet", "a.txt", "a.jsonl", "a.jsonl.gz")
     ]
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
+
+
+def test_empty_documents_are_left_out(olmo2, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    rows = [{"text": "some text of the file"}, {"text": ""}] * 20
+    write_jsonl(tmp_path / "all.jsonl", rows)
+    write_jsonl(tmp_path / "some.jsonl", rows[::2])
+    found, expected = (
+        score.calibration_tokens(tmp_path / name, tokenizer, 3, 20, 0)
+        for name in ("all.jsonl", "some.jsonl")
+    )
+    assert torch.equal(found, expected)
+
+
+def test_text_in_utf_16_is_refused(olmo2, tmp_path, refused):
+    (tmp_path / "a.txt").write_bytes(("नेपाल दक्षिण एसियामा छ।\n" * 200).encode("utf-16-le"))
+    argv = ["--model", olmo2, "--data", tmp_path / "a.txt", "--seq-len", 32]
+    assert "convert the file to UTF-8" in refused(score.main, *argv, "--out", tmp_path / "s")
+
+
+def test_a_model_of_nan_is_refused_for_that(olmo2, chats, tmp_path, refused):
+    folder = shutil.copytree(olmo2, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"].fill_(math.nan)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    argv = ["--model", folder, "--data", chats, "--seq-len", 32, "--out", tmp_path / "s"]
+    assert "weights are damaged" in refused(score.main, *argv)
 
 
 def read_norm(norm, x):

@@ -932,6 +932,7 @@ def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, refused):
     assert "no such directory" in refused(
         train.main, *arguments("./nowhere", text, tmp_path / "out")
     )
+    assert "is the folder of the source" in refused(train.main, *arguments(olmo2, text, olmo2))
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refused(train.main, *arguments(olmo2, text, tmp_path / "file/out"))
 

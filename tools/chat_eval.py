@@ -33,7 +33,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import instruct
-from data.evaluation import check_out, code_sha256, fail, locked, read_rows, versions_for
+from data.evaluation import (
+    check_out,
+    code_sha256,
+    fail,
+    json_file,
+    locked,
+    read_rows,
+    versions_for,
+)
 from data.identity import git_commit, sha256_of
 from data.models import context_of
 from data.rows import LANGUAGES, language_code, write_atomically
@@ -76,7 +84,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="directory of a checkpoint, or hub id")
     add("--lang", required=True, type=language_code, help="target language")
     add("--data-dir", required=True, help="directory with en/ and the target language")
-    add("--out", required=True, type=Path, help="chat.json to write")
+    add("--out", required=True, type=json_file, help="chat.json to write")
     add("--tasks", type=tasks, default=list(TASKS[1:5]), help=f"some of {','.join(TASKS)}")
     add("--num-questions", type=int, help="largest number of questions per task (default: all)")
     add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
@@ -370,7 +378,7 @@ def run(args):
     rows, odds = read_texts(args)
     texts = judged.read(args)
     judged.check_access(args)
-    folder, model_sha256 = instruct.find_model(args.model)
+    folder, model_sha256 = instruct.find_model(args.model, args.out)
     config, tokenizer = instruct.load_tokenizer(folder)
     english = None
     if "codemix" in args.tasks:

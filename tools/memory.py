@@ -24,6 +24,7 @@ with its gradients. Gradients are added up over the GPUs in fp32, which takes an
 
 import functools
 import json
+import logging
 import re
 
 import torch
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from data.models import BAD_MODEL
 from variants import compact
 
 GIB = 2**30
@@ -114,6 +116,17 @@ def kept_bytes(config, precision, ratio):
     first, second, everything = totals
     layer = second - first
     return layer / SAMPLE, (everything - 2 * layer) / SAMPLE
+
+
+def is_counted(config, precisions):
+    """Return whether PyTorch can run layers of such a model without memory. Experts it cannot."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        for precision in precisions:
+            kept_bytes(config.to_json_string(use_diff=False), precision, None)
+    except BAD_MODEL:
+        return False
+    return True
 
 
 def activation_bytes(config, tokens, precision, recompute, trained, copies):

@@ -371,7 +371,7 @@ def plan(args):
     import torch
 
     from data.models import build_skeleton
-    from tools.memory import trained_fractions
+    from tools.memory import is_counted, trained_fractions
 
     download, problems = check_downloads(args) if args.lang else (0, [])
     if any(f" {args.model}: " in problem for problem in problems):
@@ -386,6 +386,7 @@ def plan(args):
     fractions = trained_fractions(skeleton, min(args.ratios))
     model, weights = (config, sizes, fractions), sum(sizes.values())
     counted = fractions and hasattr(config, "intermediate_size")
+    counted = counted and is_counted(config, {args.precision, "bf16", "bf16-true"})
     print(f"{args.model}: {weights:,} parameters")
     if not counted:
         print(f"memory: not counted for {config.model_type}")

@@ -92,7 +92,8 @@ def join(device, timeout):
 
 
 def quiet():
-    """Let rank 0 alone print, but for errors that the others do not share."""
+    """Let rank 0 alone print, but for errors that the others do not share, in any locale."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     if WORLD > 1:
         sys.excepthook = show
     if RANK > 0:

@@ -184,6 +184,8 @@ def load_masks(path, model):
 
 def check_fit(args, model, masks):
     """Exit with an error if the model or the masks do not allow what the arguments ask for."""
+    if args.out.resolve() == Path(args.model).resolve():
+        fail(f"--out {args.out}: is the folder of the source model. Choose another")
     matrices = [masks[name] for name in maskable(model) & masks.keys()]
     if args.compact and any(mask.dim() == 2 and len(mask) > 1 for mask in matrices):
         fail(f"--compact: {args.mask} freezes rows or elements, not columns. Leave --compact out")
