@@ -515,6 +515,7 @@ def test_the_results_of_this_repository_are_made_from_its_evaluations(tmp_path, 
 @pytest.mark.usefixtures("tables_only")
 def test_what_cannot_be_compared(tmp_path, refused):
     assert "source/eval.json is missing" in refused(report.main, tmp_path)
+    assert "given twice" in refused(report.main, tmp_path, tmp_path / ".")
     evaluation(tmp_path, "source", 1.0, 1.0, 1.0)
     assert "ftt/eval.json is missing" in refused(report.main, tmp_path, "--methods", "ftt")
     evaluation(tmp_path, "ssu-mag", 1.0, 1.0, 1.0, num_samples=3)

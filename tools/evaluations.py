@@ -80,6 +80,8 @@ def training_differences(folder, methods):
 
 def read_runs(folders, chosen):
     """Return {method: [eval.json of each run directory]}, in the order of the paper's tables."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        fail("a run directory is given twice, and would count as two seeds. Name each once")
     evals = {}
     for folder in folders:
         if not (folder / "source/eval.json").is_file():
