@@ -225,7 +225,8 @@ def loglik(model, rows, shared=0):
 
     rows: [(prompt ids, continuation ids), ...]. The first `shared` ids of all prompts are alike and
     are computed once. Rows are padded on the right, which a causal model does not see. The last
-    token predicts nothing, so continuations of one token share the row of their prompt.
+    token predicts nothing, so continuations of one token share the row of their prompt. Logits are
+    kept from the first place that predicts a continuation.
     """
     inputs = list(dict.fromkeys(tuple(prompt + part[:-1])[shared:] for prompt, part in rows))
     width = max(map(len, inputs))

@@ -119,7 +119,8 @@ def scored_parameters(model):
 
 
 def input_reader(name, module, x):
-    """Return (read, divisor). The weight multiplies read(inputs, output) / divisor, up to its sign.
+    """Return (read, divisor): read(inputs, output) / divisor is what the weight multiplies, up to
+    its sign.
 
     x is one input, to try it on. Fail if the module is neither nn.Linear nor a norm.
     """
