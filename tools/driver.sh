@@ -72,7 +72,7 @@ choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest 
 
 read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
     choose_nproc
-    read -rd '' -a methods <<< "${METHODS-fft ssu-wanda}" || :  # || : as no line ends the text
+    read -rd '' -a methods <<< "${METHODS-fft ssu-wanda}" || :  # of several lines, too
     read -rd '' -a ratios <<< "${RATIOS:-0.5}" || :
     read -rd '' -a tasks <<< "${TASKS//,/ }" || :
     evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
