@@ -75,11 +75,7 @@ def parse_args(argv=None):  # noqa: C901
     add("--warmup-ratio", type=float, default=0.05, help="fraction of the steps used for warmup")
     add("--weight-decay", type=float, default=0.01, help="decoupled decay of trainable matrices")
     add("--max-grad-norm", type=float, default=1.0, help="clipping threshold, 0: none (ours)")
-    add(
-        "--gmt-ratio",
-        type=float,
-        help="GMT: fraction to drop (paper: 0.5, micro-batches of 8 in all)",
-    )
+    add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, of 8 sequences in all)")
     add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
     add("--seed", type=int, default=42, help="seed of the order of sequences, and of all else")
     add = parser.add_argument_group("precision, memory and speed").add_argument
