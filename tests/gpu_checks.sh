@@ -7,7 +7,8 @@
 #   bash tests/gpu_checks.sh --tiny                 the same on a CPU, with tiny shapes
 #
 # It needs torch 2.11 and transformers 5.17 or newer, datasets, pytest, sacrebleu, xxhash, and for
-# one check each peft and torchao (with gcc and python3-dev). A check that fails is a row of the table, and the exit code is then 1.
+# one check each peft and torchao (with gcc and python3-dev). A check that fails is a row of the
+# table, and the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} device=cuda shapes=(1B 7B)
