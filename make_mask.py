@@ -196,8 +196,7 @@ def count_frozen(masks, shapes):
     return frozen.total() / sum(math.prod(shape) for shape in shapes.values())
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
     print(f"mask by {args.method or args.scores}, ratio {args.ratio:.1%}")
     if args.scores:
         scores, about, shapes = read_scores(args.scores)
@@ -231,17 +230,20 @@ def main(argv=None):
     about |= {"format": "ssu-mask", "version": "1", "ratio": str(args.ratio)}
     fraction = count_frozen(masks, shapes)
     about |= {"frozen_fraction": f"{fraction:.6f}", "tensors_sha256": digest_of(masks)}
-    try:
-        save_tensors(args.out, masks, about)
-    except (OSError, SafetensorError) as error:
-        fail(f"--out {args.out} cannot be written ({error}). Free space or choose another name")
+    save_tensors(args.out, masks, about)
     print(f"wrote {args.out}: {fraction:.2%} of all weights are frozen")
     print(f"next: python train.py --mask {args.out} --model {about['model']} --data TEXT --out DIR")
 
 
-if __name__ == "__main__":
+def main(argv=None):
     try:
-        main()
+        run(parse_args(argv))
+    except (OSError, SafetensorError) as error:
+        fail(f"a file cannot be read or written ({error}). Check --model, --out and free space")
     except KeyboardInterrupt:
-        print("\nmake_mask.py: interrupted", file=sys.stderr)  # below the progress bar
+        tqdm.write("make_mask.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -255,6 +255,7 @@ def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, refused):
         (["--compact", "1", "--precision", "fp16"], "Set COMPACT=0"),
         (["--lr", "-1"], "--lr -1.0: must be a finite number"),
         (["--lr", "nan"], "--lr nan: must be a finite number"),
+        (["--model", "m" * 300], "mmm"),  # longer than a file system allows
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -378,6 +379,28 @@ def test_each_method_is_planned_as_it_trains(olmo2):
     assert planned("lota")[2] == planned("fft")[2] + sum(sizes.values()) / 2
     assert planned("gmt") == planned("fft")  # 16 sequences: four times 2 on each GPU
     assert planned("gmt", "--batch-size", "64")[2] > planned("fft", "--batch-size", "64")[2]
+
+
+@pytest.mark.parametrize(
+    "method, more, remedies",
+    [
+        ("adalora", [], []),
+        ("fft", ["--precision", "bf16"], ["PRECISION=bf16-true", "OPTIMIZER=adamw8bit"]),
+        ("fft", ["--gpus", "2"], []),
+        ("hft", [], ["OPTIMIZER=adamw8bit", "COMPACT=1"]),
+        ("hft", ["--optimizer", "adamw8bit", "--compact", "1"], []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_does_not_fit_is_told_what_may_help(method, more, remedies, olmo2, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    counted = model.config, sizes, memory.trained_fractions(model, 0.5)
+    monkeypatch.setattr(plan, "device_memory", lambda gpus: (1e6, "a card"))
+    args = plan.parse_args(["--model", str(olmo2), "--methods", method, *more])
+    (problem,) = plan.check_memory(args, counted)
+    tried = ", ".join([*remedies, "leave it out of METHODS"])
+    assert problem.endswith(f" GB, and a card has 0.0. Try {tried}")
 
 
 def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):

@@ -66,6 +66,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones(lang):
         ("STEPS", "0"),
         ("SEED", "-1"),
         ("RATIOS", "0.5 2"),
+        ("RATIOS", "0.5 .5 0.5"),
         ("PRECISION", "int8"),
         ("CALIBRATION", "nowhere"),
         ("NUM_SAMPLES", "0"),

@@ -131,6 +131,8 @@ def check_values(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.seed < 10**18:
         fail(f"--seed {args.seed}: must lie between 0 and 10^18")
+    if len(set(args.ratios)) < len(args.ratios):
+        fail(f"--ratios {' '.join(map(str, args.ratios))}: names one twice. Leave it out")
     for ratio in args.ratios:
         if not 0 <= ratio <= 1 or (ratio == 1 and "gmt" in args.methods):
             fail(f"--ratios {ratio:g}: must lie between 0 and 1, and below 1 for gmt")
@@ -247,11 +249,14 @@ def check_memory(args, model):
     )
     if lacking <= 0:
         return []
-    remedies = "leave it out of METHODS"
-    if method in COMPACT:
-        remedies = f"COMPACT=1, {remedies}"
-    if method != "adalora":
-        remedies = f"PRECISION=bf16-true, OPTIMIZER=adamw8bit, {remedies}"
+    remedies = []
+    if method != "adalora" and args.precision != "bf16-true":
+        remedies.append("PRECISION=bf16-true")
+    if method != "adalora" and args.optimizer == "adamw" and args.gpus == 1:
+        remedies.append("OPTIMIZER=adamw8bit")
+    if method in COMPACT and args.compact == "0":
+        remedies.append("COMPACT=1")
+    remedies = ", ".join([*remedies, "leave it out of METHODS"])
     sizes = f"training by {method} takes {needed / 1e9:.1f} GB, and {name} has {has / 1e9:.1f}"
     return [f"{sizes}. Try {remedies}"]
 
@@ -401,21 +406,27 @@ def plan(args):
     return problems
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
+    """Check or plan what is asked for. Return the exit code."""
     if args.check:
         return 0
     if args.model == EMBEDDED_MODEL and not Path(args.model).exists():
         print("the model is made first; it takes up to 8.4 GB of memory, 0.6 GB of disk per method")
         return 0
-    try:
-        problems = plan(args)
-    except KeyboardInterrupt:
-        print("plan.py: interrupted", file=sys.stderr)
-        return 130
+    problems = plan(args)
     for problem in problems:
         print(f"problem: {problem}")
     return 2 if problems else 0
+
+
+def main(argv=None):
+    try:
+        return run(parse_args(argv))
+    except OSError as error:
+        fail(f"{error.filename or ''} {error.strerror or error}. Check --model and --data-dir")
+    except KeyboardInterrupt:
+        print("plan.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
