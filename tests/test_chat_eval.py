@@ -12,8 +12,10 @@ import pytest
 from conftest import ROOT, TEXT, tiny_model, write_jsonl
 from hub import HUB
 from paper_hub import put_glotlid, put_harness_data, served  # noqa: F401
+from safetensors.torch import load_file, save_file
 
 import evaluate
+from data.identity import sha256_of
 from tools import chat_eval
 
 
@@ -92,6 +94,8 @@ def test_chat_answers_are_greedy_saved_and_resumed(llama, chats, text, tmp_path,
     argv = command(llama, tmp_path, out, "--tasks", "chat", "--device", "cpu")
     monkeypatch.setitem(chat_eval.NEW_TOKENS, "chat", 12)
     chat_eval.main([*argv, "--batch-tokens", "60"])
+    files = [tmp_path / "en/heldout.jsonl", tmp_path / "ne/heldout.jsonl"]
+    assert json.loads(out.read_text())["settings"]["data_sha256"] == sha256_of(files)
     found = json.loads(out.read_text())["results"]["chat"]
     assert [answer["prompt"] for answer in found["answers"]] == list(chat_eval.CHAT_PROMPTS)
     assert found["n"] == 6
@@ -140,7 +144,10 @@ def test_lm_eval_is_asked_as_in_the_paper():
 @pytest.mark.slow
 def test_gsm8k_and_ifeval_are_those_of_lm_eval(served, tmp_path, monkeypatch):
     put_harness_data(served, tmp_path, monkeypatch)
-    model = tiny_model(tmp_path / "model", max_position_embeddings=2048)  # IFEval takes 1,280
+    model = tiny_model(tmp_path / "model", "olmo2", max_position_embeddings=2048)  # IFEval: 1,280
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][2] *= 3  # answers end, each in another place
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     more = ["--tasks", "ifeval,gsm8k", "--runs", 2, "--num-questions", 3]
     argv = [sys.executable, str(ROOT / "tools/chat_eval.py")]
     argv += command(model, tmp_path, tmp_path / "chat.json", *more)
@@ -163,6 +170,16 @@ def test_gsm8k_and_ifeval_are_those_of_lm_eval(served, tmp_path, monkeypatch):
     assert items["ifeval", 0] != items["ifeval", 1]
     prompt = items["gsm8k", 0][0]["prompt"]
     assert prompt.count("<|im_start|>assistant\nIt is ") == 5 and "What is 0 + 2?" in prompt
+
+    # Greedy answers do not depend on what else is in a batch: one that has ended stays as it is.
+    answers = []
+    for size in (2048, 8192):  # of 1 and of 4
+        out = tmp_path / f"{size}.json"
+        more = ["--tasks", "ifeval", "--greedy", "--batch-tokens", size, "--dtype", "float32"]
+        chat_eval.main(command(model, tmp_path, out, *more))
+        lines = out.with_suffix(".items.jsonl").read_text().splitlines()
+        answers.append([sample["prediction"] for sample in json.loads(lines[1])["samples"]])
+    assert answers[0] == answers[1] and len(set(map(len, answers[0]))) > 2
 
     # What was fetched is there, and what is done is not done again.
     shutil.rmtree(served / "openai")

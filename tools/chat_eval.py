@@ -26,6 +26,7 @@ import statistics
 import sys
 import unicodedata
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -86,7 +87,8 @@ def parse_args(argv=None):
     add("--data-dir", required=True, help="directory with en/ and the target language")
     add("--out", required=True, type=json_file, help="chat.json to write")
     add("--tasks", type=tasks, default=list(TASKS[1:5]), help=f"some of {','.join(TASKS)}")
-    add("--num-questions", type=int, help="largest number of questions per task (default: all)")
+    questions = "questions of each task, without T3's macro average in t3 (default: all)"
+    add("--num-questions", type=int, help=questions)
     add("--runs", type=int, default=3, help="sampled runs, with seeds SEED, SEED + 1, ...")
     add("--greedy", action="store_true", help="one deterministic run instead")
     add("--batch-tokens", type=int, default=8192, help="largest number of tokens in a batch")
@@ -179,18 +181,24 @@ def harness_tasks(tasks):
         try:
             manager.load([HARNESS[task][0]])
         except (OSError, ValueError, DatasetsError, HTTPError) as error:
-            fail(f"lm-eval could not load {HARNESS[task][0]}: {error}")
+            fail(f"lm-eval could not load {HARNESS[task][0]} ({error}). Check the network")
     return manager
 
 
-def harness(model, tokenizer, manager, task, seed, limit, sampling, batch_size):
-    """Run GSM8K or IFEval once, as a chat. Return [{id, prompt, prediction, correct}, ...]."""
+def harness(loaded, manager, task, seed, limit, sampling, batch_size):
+    """Run GSM8K or IFEval once, as a chat. Return [{id, prompt, prediction, correct}, ...].
+
+    loaded: model, tokenizer, the ids that end an answer.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    model, tokenizer, ends = loaded
+    model.generation_config.eos_token_id = ends  # lm-eval itself stops a batch as a whole
+    options = {"batch_size": batch_size, "enable_thinking": False}
     name, shots, metric, chosen = HARNESS[task]
     found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        HFLM(pretrained=model, tokenizer=tokenizer, **options),
         tasks=[name],
         num_fewshot=shots,
         limit=limit,
@@ -299,7 +307,7 @@ def summarize(done, args, english, odds):
     answers = [item for key, item in done.items() if key[0] == "ae2"]
     if answers:
         stopped = statistics.fmean(item["stopped"] for item in answers)
-        results["ae2"] = {"source": {"stop_rate": stopped, "n": len(answers)}}
+        results["ae2"] = {"source": {"stop_rate": stopped, "n": len(answers) // args.runs}}
     if "codemix" in args.tasks:  # below 0.9 an answer is code-mixed (footnote 9)
         confidences = [english(item["output"]) for item in answers]
         found = [c for c in confidences if c is not None]
@@ -355,12 +363,12 @@ def answer_everything(args, found, manager, rows, texts, items):
         asked = instructions(tokenizer, [{"instruction": prompt} for prompt in CHAT_PROMPTS])
         ask_all(loaded, "chat", 0, asked, NEW_TOKENS["chat"], GREEDY, args, items)
     sampling = GREEDY if args.greedy else CHAT_SAMPLING
-    size = max(1, args.batch_tokens // 2048)
+    size = max(1, args.batch_tokens // 2048) if batched else 1
     for number in range(args.runs):
         for task in HARNESS:
             if task in args.tasks and (task, number, 0) not in done:
                 seed, limit = args.seed + number, args.num_questions
-                samples = harness(model, tokenizer, manager, task, seed, limit, sampling, size)
+                samples = harness(loaded[:3], manager, task, seed, limit, sampling, size)
                 save({"task": task, "run": number, "id": 0, "samples": samples})
         if rows:
             asked = instructions(tokenizer, rows)
@@ -387,7 +395,8 @@ def run(args):
     manager = harness_tasks(asked) if asked else None
     context = context_of(config)
     if "ifeval" in asked and context <= 1280:
-        fail(f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}")
+        what = f"ifeval generates up to 1,280 tokens, and {args.model} takes {context}"
+        fail(f"{what}. Leave it out of --tasks")
     judges = {task: judged.find_judge(task, args) for task in texts}
     for task, judge in judges.items():
         judged.check_contexts(task, texts[task], tokenizer, context, judge, args)
@@ -401,8 +410,9 @@ def run(args):
     scripts = [f"tools/{name}.py" for name in ("chat_eval", "answers", "judged")]
     header["code_sha256"] = code_sha256(args.lang, "evaluate.py", *scripts)
     header["versions"] = versions_for(args.device)
-    if judges:
-        header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
+    if asked:
+        header["versions"]["lm-eval"] = version("lm-eval")
+    header["judges"] = {task: sha256 for task, (*_, sha256) in judges.items()}
     items = resume(items_path, header)
     done, _ = items
 
@@ -425,7 +435,8 @@ def run(args):
         found["judge"] = {"name": getattr(args, f"{task}_judge"), "sha256": sha256}
         results[task] = {"source": found}
     content = {"format": "ssu-chat", "version": 1, "model": args.model, "lang": args.lang}
-    content |= {"settings": settings | {"model_sha256": model_sha256}}
+    about = {"model_sha256": model_sha256, "data_sha256": header["data_sha256"]}
+    content |= {"settings": settings | about}
     content |= {"versions": header["versions"]}
     content |= {"device": args.device, "git_commit": git_commit(), "results": results}
     write_atomically(args.out, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -448,7 +459,8 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-tokens")
     except OSError as error:
-        fail(f"{error.filename or ''} {error.strerror or error}")
+        what = f"{error.filename or ''} {error.strerror or error}"
+        fail(f"{what}. Check --data-dir, --out and free space")
     except KeyboardInterrupt:
         print("chat_eval.py: interrupted; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
