@@ -11,8 +11,8 @@
 #   METHODS    "fft ssu-wanda": some of fft adalora hft gmt lota lota-90 lota-50 s2ft-down ssu-rand
 #              s2ft-down-{output,embeddings} ssu-{mag,wanda,sparsegpt,fim} ssu-wanda-{row,element}
 #   RATIOS     0.5: fractions of the columns to freeze, each giving a model
-#   PROFILE    paper if GPUs have 100 GB and the hub answers, else embedded. data/PROFILE.sh sets
-#              MODEL DATA_DIR RUNS STEPS LR TASKS PRECISION CALIBRATION NUM_SAMPLES if you do not
+#   PROFILE    paper on 100 GB of GPUs with a hub if MODEL and DATA_DIR are unset, else embedded.
+#              Sets MODEL DATA_DIR RUNS STEPS LR TASKS PRECISION CALIBRATION NUM_SAMPLES if unset
 #   COMPACT    0: 1 trains with --compact, where columns are frozen     OPTIMIZER   adamw
 #   NPROC      GPUs to use, by default as many as divide 8 (embedded: 2)
 #   SEED       42    FLORES  ungated, gated    LANGUAGE_ID  glotlid, script    FLASH_ATTN  0, 1

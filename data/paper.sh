@@ -2,7 +2,9 @@
 # numerics (bf16 weights), and its evaluation sets. It needs one large GPU and the hub. Values in
 # capitals can be set from the environment instead. TASKS can have t3 too, the safety suite: its
 # judge and a part of its prompts are gated, and the other prompts are in a clone of a repository.
-: "${DATA_DIR:=data/paper}" "${MODEL:=allenai/OLMo-2-1124-7B-Instruct}" "${RUNS:=runs/${MODEL##*/}}"
+: "${DATA_DIR:=data/paper}" "${MODEL:=allenai/OLMo-2-1124-7B-Instruct}"
+MODEL=${MODEL%/} DATA_DIR=${DATA_DIR%/}
+: "${RUNS:=runs/${MODEL##*/}}"
 : "${CALIBRATION:=tulu}" "${NUM_SAMPLES:=500}" "${STEPS:=12208}" "${PRECISION:=bf16-true}"
 : "${TASKS:=mt,sum,mrc,mmlu,ifeval,gsm8k,ae2,codemix,mtb}" "${LR:=5e-5}"
 if [[ " ${TASKS//,/ } " = *" t3 "* && ! -s $DATA_DIR/en/t3.jsonl ]]; then

@@ -174,7 +174,7 @@ def test_the_paper_profile_is_for_gpus_that_hold_it(cards, expected, tmp_path):
 
 
 def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quick):
-    settings = tiny_settings(folder, tmp_path, METHODS="gmt", NPROC="4")
+    settings = tiny_settings(folder, tmp_path, METHODS="fft\ngmt", NPROC="4")
     done = run_all("ne", "--dry-run", python=quick, **settings)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "NPROC=4: gmt needs a divisor of its 2 sequences" in line
@@ -338,23 +338,33 @@ def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path
 
 
 @pytest.mark.parametrize(
-    "data, model, deleted",
+    "profile, data, model, deleted",
     [
-        ("data/embedded", "data/embedded/model", True),
-        ("/mine/data/embedded", "data/embedded/model", False),
-        ("data/embedded", "someone/model", False),
+        ("embedded", "data/embedded", "data/embedded/model", True),
+        ("embedded", "/mine/data/embedded", "data/embedded/model", False),
+        ("embedded", "data/embedded", "someone/model", False),
+        ("paper", "data/paper", "someone/model", False),
     ],
 )
-def test_models_of_own_text_are_not_deleted(data, model, deleted, tmp_path):
-    script = f'. "{ROOT}/tools/driver.sh"; PROFILE=embedded DATA_DIR={data} MODEL={model}\n'
-    script += "several=(); stage fft/model -- bash make.sh fft/model"
+def test_models_of_own_text_are_not_deleted(profile, data, model, deleted, tmp_path):
+    """By a run of the embedded profile in the same folder."""
+    first = f"PROFILE={profile} DATA_DIR={data} MODEL={model}\n"
+    second = "PROFILE=embedded DATA_DIR=data/embedded MODEL=data/embedded/model\n"
+    stage = f'. "{ROOT}/tools/driver.sh"; several=(); stage fft/model -- bash make.sh fft/model'
     run = dict(cwd=tmp_path, capture_output=True, text=True)
-    for made in ("first", "second"):
+    for made, script in (("first", first + stage), ("second", second + stage)):
         (tmp_path / "make.sh").write_text(f'echo {made} > "$1"\n')
         (tmp_path / "requirements.txt").write_text(made)
         done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
     assert (tmp_path / "fft/model").read_text() == ("second\n" if deleted else "first\n")
     assert ("Set RUNS, or delete it" in done.stderr) == (not deleted)
+
+
+def test_the_results_of_a_model_in_a_folder_have_its_name():
+    script = ". data/paper.sh; echo $RUNS"
+    settings = dict(lang="ne", MODEL="/models/OLMo/", TASKS="mt")
+    run = dict(cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=True)
+    assert subprocess.run(["bash", "-euc", script], **run).stdout == "runs/OLMo\n"
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,15 @@ choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest 
         done
     fi
     [[ $NPROC =~ ^[1-9][0-9]{0,3}$ ]] || fail "NPROC=$NPROC: must be a number of processes"
-    case " ${METHODS:-} " in
+    case " ${methods[*]} " in
         *" gmt "*) ((accumulated % NPROC == 0)) ||
             fail "NPROC=$NPROC: gmt needs a divisor of its $accumulated sequences. Change it" ;;
     esac
 }
 
 read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
-    choose_nproc
     read -rd '' -a methods <<< "${METHODS-fft ssu-wanda}" || :  # of several lines, too
+    choose_nproc
     read -rd '' -a ratios <<< "${RATIOS:-0.5}" || :
     read -rd '' -a tasks <<< "${TASKS//,/ }" || :
     evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
@@ -160,10 +160,12 @@ prepare_embedded() {  # make the model and the texts of the embedded profile, un
 }
 
 # stage OUTPUT INPUT... -- COMMAND...: make OUTPUT, unless the same command made it from the same
-# inputs. The first line of a stamp beside OUTPUT, written before the command starts, says which
-# those were. The second is the digest of OUTPUT: what is made from it has the stamp as an input.
+# inputs. A stamp beside OUTPUT, written before the command starts, says which those were: in its
+# first line as a digest, in its second by profile, data and model. The third is the digest of
+# OUTPUT: what is made from it has the stamp as an input.
 stage() {
     local output=$1 stamp=$1.made-by checkpoint=${1%/model}/checkpoint key complete inputs=()
+    local made_from=$PROFILE:$DATA_DIR:$MODEL
     shift
     while [ "$1" != -- ]; do
         inputs+=("$1")
@@ -177,7 +179,7 @@ stage() {
             # Only what has a stamp is deleted, and not even that where it may have taken days: in
             # the paper profile, and models made from data or a model of your own.
             [ -e "$stamp" ] || fail "run_all.sh did not make $output. Move it away, or set RUNS"
-            case $PROFILE:$DATA_DIR:$MODEL:$output in
+            case $(sed -n 2p "$stamp"):$output in
                 embedded:data/embedded:data/embedded/model:*) ;;
                 paper:* | *:*/model)
                     fail "$output was made with other settings or inputs. Set RUNS, or delete it" ;;
@@ -185,7 +187,7 @@ stage() {
         fi
         rm -rf "$output" "$checkpoint"
         mkdir -p "$(dirname "$output")"
-        echo "$key" > "$stamp"
+        printf '%s\n' "$key" "$made_from" > "$stamp"
     fi
     if [ -e "$output" ]; then
         echo "done before: $output"
@@ -195,5 +197,5 @@ stage() {
     if [ -n "$complete" ]; then set -- "$@" --resume; fi
     launch "$@"
     [ -e "$output" ] || fail "$1 $2 did not make $output"
-    printf '%s\n' "$key" "$(sha256_of "$output")" > "$stamp"
+    printf '%s\n' "$key" "$made_from" "$(sha256_of "$output")" > "$stamp"
 }
