@@ -546,7 +546,7 @@ def convert_model(gguf, folder):
         path.chmod(0o644)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
-    shutil.rmtree(folder, ignore_errors=True)  # an incomplete one; os.replace needs the name free
+    shutil.rmtree(folder, ignore_errors=True)  # ours, of other versions: os.replace needs the name
     os.replace(tmp, folder)
 
 
@@ -576,6 +576,10 @@ def package_versions():
 
 def check_foreign(out, texts, listed):
     """Fail if a file to write is there, neither listed nor the same: it is not from here."""
+    model, card = out / "model", out / "model/README.md"
+    ours = card.exists() and card.read_bytes() == MODEL_CARD.encode()
+    if model.exists() and not ours and "model/config.json" not in listed:
+        fail(f"{model} is not from here and is not overwritten. Choose another --out")
     for name, text in texts.items():
         path = out / name
         if path.exists() and name not in listed and path.read_bytes() != text.encode():
@@ -588,22 +592,30 @@ def write_all(out, files, sources, versions, gguf):
     for name, (rows, _) in files.items():
         texts[name] = to_lines(rows)
     listing = out / "provenance.json"
-    old = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {"files": {}}
+    old = {"versions": {}, "files": {}}
+    if listing.exists():
+        try:
+            old = json.loads(listing.read_text(encoding="utf-8"))
+            old = {"versions": old["versions"], "files": dict(old["files"])}
+        except (ValueError, LookupError, TypeError):
+            fail(f"{listing} is not from here, or damaged. Choose another --out, or delete it")
     check_foreign(out, texts, old["files"])
     # Languages made earlier stay listed as long as the same versions made them.
-    listed = old["files"] if old.get("versions") == versions else {}
+    listed = {}
+    if old["versions"] == versions:
+        listed = {name: entry for name, entry in old["files"].items() if (out / name).exists()}
     for name, text in texts.items():
         write_atomically(out / name, text)
         rows, names = files[name]
         listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
     made = [out / "model" / name for name in MODEL_FILES]
-    if old.get("versions") != versions or not all(path.exists() for path in made):
+    if old["versions"] != versions or not all(path.exists() for path in made):
         convert_model(gguf, out / "model")
     write_atomically(out / "model/README.md", MODEL_CARD)
     listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
-    for name, entry in listed.items():
+    for name in (*texts, *(f"model/{name}" for name in MODEL_FILES)):
         path = out / name
-        entry |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        listed[name] |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     facts = {"versions": versions, "files": dict(sorted(listed.items()))}
     write_atomically(listing, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 

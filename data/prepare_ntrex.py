@@ -111,15 +111,23 @@ def prepare(args):
     for lang in args.lang:
         copied += [f"{lang}/mmlu.test.jsonl", f"{lang}/mmlu.dev.jsonl"]
     hint = "Run python data/prepare_embedded.py first"
-    origin = json.loads(read_text(args.embedded / "provenance.json", hint))["files"]
-    for name in copied:
-        texts[name] = read_text(args.embedded / name, hint)
-        sources[name] = origin[name]["sources"]
+    origin = args.embedded / "provenance.json"
+    try:
+        listed = json.loads(read_text(origin, hint))["files"]
+        for name in copied:
+            texts[name] = read_text(args.embedded / name, hint)
+            sources[name] = listed[name]["sources"]
+    except (ValueError, LookupError, TypeError):
+        fail(f"{origin} is damaged, or does not list all that is copied. {hint}")
 
     listing = args.out / "provenance.json"
     listed = {}
     if listing.exists():  # languages of an earlier call stay listed
-        listed = json.loads(listing.read_text(encoding="utf-8"))["files"]
+        try:
+            old = json.loads(listing.read_text(encoding="utf-8"))
+            _, listed = old["license"], dict(old["files"])  # another script's has no license
+        except (ValueError, LookupError, TypeError):
+            fail(f"{listing} is not from here, or damaged. Choose another --out, or delete it")
     for name, text in texts.items():
         path = args.out / name
         if path.exists() and name not in listed and path.read_bytes() != text.encode():

@@ -32,7 +32,8 @@ def fake_model(out):
     (out / "model").mkdir(parents=True)
     for name in prepare.MODEL_FILES:
         (out / "model" / name).write_text("{}")
-    facts = {"versions": prepare.package_versions(), "files": {}}
+    files = {f"model/{name}": {} for name in prepare.MODEL_FILES}
+    facts = {"versions": prepare.package_versions(), "files": files}
     (out / "provenance.json").write_text(json.dumps(facts))
 
 
@@ -372,6 +373,33 @@ def test_foreign_files_are_not_overwritten(tmp_path, capsys):
     prepare.check_foreign(tmp_path, {name: "mine"}, listed={})  # of an interrupted call
 
 
+def test_a_foreign_model_or_listing_stays(out, tmp_path, refused):
+    argv = ["--out", tmp_path, "--lang", "ig"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("mine")
+    assert "model is not from here" in refused(prepare.main, *argv)
+    assert [path.name for path in tmp_path.rglob("*.json*")] == ["config.json"]
+    (tmp_path / "model/config.json").unlink()
+    (tmp_path / "model").rmdir()
+    repo, listing = tiny_ntrex(tmp_path / "NTREX"), tmp_path / "provenance.json"
+    listing.write_text((out / "provenance.json").read_text())
+    error = refused(ntrex.main, repo, "--embedded", out, "--lang", "ig", "--out", tmp_path)
+    assert "provenance.json is not from here" in error
+    for damaged in ('{"license": "", "files": {}}', "{", "[]"):
+        listing.write_text(damaged)
+        assert "provenance.json is not from here" in refused(prepare.main, *argv)
+
+
+def test_a_deleted_language_leaves_the_listing_and_an_edited_one_its_digest(out, tmp_path):
+    made = shutil.copytree(out, tmp_path / "made")
+    shutil.rmtree(made / "ky")
+    (made / "ha/train.jsonl").write_text("edited")
+    before = json.loads((made / "provenance.json").read_text())["files"]
+    prepare.main(["--out", str(made), "--lang", "ne"])
+    after = json.loads((made / "provenance.json").read_text())["files"]
+    assert after == {name: entry for name, entry in before.items() if not name.startswith("ky/")}
+
+
 @pytest.mark.parametrize(
     "module, argv",
     [(prepare, []), (ntrex, ["REPO"]), (prepare_paper, ["ne"])],
@@ -455,6 +483,7 @@ def test_ntrex_overwrites_no_foreign_file(out, tmp_path, refused):
         ("no repo", "DOCUMENT_IDS.tsv"),
         ("few documents", "24 documents are too few"),
         ("no embedded data", "prepare_embedded.py first"),
+        ("embedded data of other versions", "does not list all that is copied"),
     ],
 )
 def test_ntrex_refusals(out, tmp_path, refused, damage, named):
@@ -470,6 +499,9 @@ def test_ntrex_refusals(out, tmp_path, refused, damage, named):
     if damage == "no repo":
         repo = tmp_path / "nowhere"
     embedded = tmp_path / "nothing" if damage == "no embedded data" else out
+    if damage == "embedded data of other versions":
+        embedded = shutil.copytree(out, tmp_path / "embedded")
+        (embedded / "provenance.json").write_text('{"versions": {}, "files": {}}')
     argv = [repo, "--out", tmp_path / "made", "--embedded", embedded, "--lang", "ne"]
     assert named in refused(ntrex.main, *argv)
     assert not (tmp_path / "made").exists()
