@@ -218,6 +218,8 @@ def run(args):
     # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 11)
     if args.freeze_chat_tokens:
         model, tokenizer = load_skeleton(about["model"], fail)
+        if fingerprint(shapes_of(model)) != about["fingerprint"]:
+            fail(f"{about['model']}: its parameters differ from those of --scores. Score it again")
         ids = chat_token_ids(tokenizer)
         about["chat_tokens"] = json.dumps(ids)
         print(f"freeze the rows of {len(ids)} tokens: {tokenizer.convert_ids_to_tokens(ids)}")
@@ -236,6 +238,7 @@ def run(args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # tokens may not be in the locale
     try:
         run(parse_args(argv))
     except (OSError, SafetensorError) as error:

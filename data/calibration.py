@@ -89,7 +89,8 @@ def tokenize(document, tokenizer):
     if isinstance(document, str):
         # Raw text is data: <|endoftext|> in it is a quotation, not a control token.
         ids = tokenizer(document, split_special_tokens=True)["input_ids"]
-        return ids + [end_of_text(tokenizer, fail)[1]]
+        end = [end_of_text(tokenizer, fail)[1]]
+        return ids if ids[-1:] == end else ids + end
 
     stop_clock()
     try:

@@ -94,7 +94,7 @@ def reader(commits):
             else:
                 rows = load_dataset(repo, config, split=split, revision=commit)
         except (OSError, ValueError, DatasetsError, HTTPError) as error:
-            fail(f"{place}: {error}")
+            fail(f"{place}: cannot be read ({error}). Check the network, and start again")
         # If the hub fails half-way, `datasets` takes what it has cached of another commit.
         if repo not in FILES and not all(commit in file["filename"] for file in rows.cache_files):
             fail(f"{place}: not of commit {commit}. The hub may be out of reach: try again")
@@ -266,7 +266,7 @@ def check_folders(out, languages):
 
 def prepare(args):
     """Fetch and write English, which all are compared on, and the target languages."""
-    languages = ["en", *(lang for lang in args.lang if lang != "en")]
+    languages = ["en", *args.lang]
     check_folders(args.out, languages)
     needed = {"mtb.jsonl", "t3.jsonl"} if args.safety_eval else {"mtb.jsonl"}
     for lang in list(languages):
@@ -286,7 +286,7 @@ def prepare(args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {error}")
+        fail(f"--model {args.model}: has no tokenizer ({error}). Correct the name")
     load = reader(commits)
     for lang in languages:
         files = files_of(load, lang, args.flores, tokenizer, clone)
@@ -315,7 +315,7 @@ def main(argv=None):
     try:
         prepare(args)
     except OSError as error:  # a full disk, a directory that cannot be written
-        fail(error)
+        fail(f"a file cannot be written ({error}). Free space, or choose another --out")
     except KeyboardInterrupt:
         print("prepare_paper.py: interrupted. Run it again to resume", file=sys.stderr)
         raise SystemExit(130) from None

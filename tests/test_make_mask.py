@@ -1,9 +1,11 @@
 """make_mask.py: which weights each method freezes, what the file says, and what is refused."""
 
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -263,7 +265,22 @@ def test_a_template_without_a_system_turn():
     )
 
 
+def test_tokens_are_printed_in_any_locale(olmo2, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    hft = ["--method", "hft", "--model", olmo2, "--freeze-chat-tokens"]
+    assert masks_of(tmp_path / "m", *hft)  # of a template with line breaks
+
+
 # What is refused
+
+
+def test_chat_tokens_of_another_model_than_that_of_the_scores(tmp_path, refused):
+    model = tiny_model(tmp_path / "model", "olmo2")
+    write_scores(tmp_path / "s", model)
+    shutil.rmtree(model)
+    tiny_model(model, "llama")
+    argv = ["--scores", tmp_path / "s", "--freeze-chat-tokens", "--out", tmp_path / "m"]
+    assert "its parameters differ from those of --scores" in refused(make_mask.main, *argv)
 
 
 def test_which_arguments_belong_together(olmo2, scores, tmp_path, refused):

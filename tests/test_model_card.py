@@ -161,7 +161,10 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
     assert "1.200 (+20.0%)" in path.read_text() and "1.100" not in path.read_text()
 
     # A card of its owner stays as it is
-    path.write_text("# Mine\n")
-    report.main([str(run)])
-    assert path.read_text() == "# Mine\n"
-    assert "is not of train.py" in capsys.readouterr().out
+    whole = path.read_text()
+    without_title = whole.replace("# tiny-chat-ne-hft-0.25\n", "")
+    for mine in ("# Mine\n", without_title, whole.replace("license:", "license: [", 1)):
+        path.write_text(mine)
+        report.main([str(run)])
+        assert path.read_text() == mine
+        assert "is not of train.py" in capsys.readouterr().out

@@ -263,6 +263,19 @@ def test_what_a_training_would_refuse_is_refused_first(more, message, olmo2, ref
     assert message in refused(plan.main, "--check", "--model", olmo2, *more)
 
 
+def test_an_evaluation_of_another_ratio_or_method_does_not_count(olmo2, tmp_path, refused):
+    argv = ["--check", "--model", olmo2, "--lang", "ne", "--profile", "embedded", "--tasks", "chat"]
+    argv += ["--runs", tmp_path, "--data-dir", tmp_path, "--ratios", "0.5", "0.25"]
+    argv += ["--methods", "ssu-wanda"]
+    for name in ("source", "ssu-wanda", "ssu-wanda-row"):
+        (tmp_path / "ne" / name).mkdir(parents=True)
+        (tmp_path / "ne" / name / "eval.json").touch()
+    assert "has not evaluated ssu-wanda@0.25." in refused(plan.main, *argv)
+    (tmp_path / "ne/ssu-wanda").rename(tmp_path / "ne/ssu-wanda@0.25")
+    assert "has not evaluated ssu-wanda." in refused(plan.main, *argv)
+    assert plan.main([*map(str, argv), "--ratios", "0.25"]) == 0
+
+
 def test_a_language_without_sets_of_the_paper_is_refused(olmo2, refused, monkeypatch):
     monkeypatch.setitem(rows.LANGUAGES, "sw", {"name": "Swahili", "flores": "swh_Latn"})
     argv = ["--check", "--model", str(olmo2), "--lang", "sw", "--data-dir", str(olmo2)]

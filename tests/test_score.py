@@ -148,6 +148,17 @@ def test_raw_text_ends_as_in_training(olmo2, tmp_path):
     assert tokens.tolist() == [2 * document]
 
 
+def test_raw_text_ends_once_where_the_tokenizer_ends_it(olmo2, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "a b"}] * 20)
+    document = tokenizer("a b")["input_ids"]
+    tokens = score.calibration_tokens(data, tokenizer, 1, 2 * len(document), 0)
+    assert document[-1] == 0 and tokens.tolist() == [2 * document]
+
+
 def test_only_raw_text_gets_the_tokenizers_own_bos(olmo2, chats, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(olmo2)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

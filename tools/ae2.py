@@ -79,7 +79,7 @@ def reference_answers():
         file = hf_hub_download(DATA, REFERENCE, repo_type="dataset")
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, HTTPError) as error:
-        fail(f"the hub did not give {DATA}, {REFERENCE}: {error}")
+        fail(f"the hub did not give {DATA}, {REFERENCE} ({error}). Check the network")
 
 
 def win_rate(answers, reference, folder, name):

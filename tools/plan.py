@@ -154,9 +154,11 @@ def check_tasks(args):
     held_out = set(EMBEDDED_TASKS) & set(args.tasks)
     if args.profile == "paper" and held_out:
         fail(f"--tasks {' '.join(held_out)}: the paper profile has no held-out text. Drop them")
-    folder = args.runs / str(args.lang)
-    new = [name for name in ("source", *args.methods) if not [*folder.glob(f"{name}*/eval.json")]]
-    if new and set(args.tasks) <= set(CHAT_TASKS):
+    new = []
+    if args.lang and set(args.tasks) <= set(CHAT_TASKS):
+        folders = [args.runs / args.lang / "source", *models_of(args)]
+        new = [folder.name for folder in folders if not (folder / "eval.json").exists()]
+    if new:
         some = "mmlu" if args.profile == "paper" else "bpb"
         what = f"--tasks {' '.join(args.tasks)}: none is of evaluate.py"
         fail(f"{what}, which has not evaluated {' '.join(new)}. Add {some}, for instance")

@@ -194,6 +194,7 @@ def write_report(folders, chosen, out):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # the locale may not have our arrows
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("report.py", description=__doc__, formatter_class=style)
     add = parser.add_argument
@@ -213,7 +214,7 @@ def main(argv=None):
             print("\n\n".join(lines), f"wrote {out}/report.md", sep="\n\n")
             add_to_cards(args.runs, args.methods)
     except OSError as error:
-        fail(f"{error.filename or ''} {error.strerror or error}")
+        fail(f"{error.filename or ''} {error.strerror or error}. Correct the name, or free space")
     except KeyboardInterrupt:
         print("report.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

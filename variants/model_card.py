@@ -175,7 +175,7 @@ def write(args, directory, commit, summary):
 
 
 def with_results(content, lang, table, numbers):
-    """Return a card with the results of an evaluation, or None if the card is not ours.
+    """Return a card with the results of an evaluation, or None if the card is not ours any more.
 
     table: what a reader sees. numbers: [(where in `results`, heading, value, number of items)],
     such as ("mt/target/chrf", "MT en→X chrF++", 30.1, 500).
@@ -183,8 +183,11 @@ def with_results(content, lang, table, numbers):
     parts = re.fullmatch(f"(.*{re.escape(START)}\n).*?({re.escape(END)}.*)", content, re.DOTALL)
     if not parts:
         return None
-    card = ModelCard(parts[1] + table + "\n" + parts[2])
-    card.data.model_name = re.search("^# (.+)$", card.text, re.MULTILINE)[1]
+    try:
+        card = ModelCard(parts[1] + table + "\n" + parts[2])
+        card.data.model_name = re.search("^# (.+)$", card.text, re.MULTILINE)[1]
+    except (ValueError, TypeError, yaml.YAMLError):  # its owner has edited it
+        return None
     card.data.eval_results = []
     for where, heading, value, size in numbers:
         task, *split, metric = where.split("/")
