@@ -71,6 +71,7 @@ STATEMENTS = (
     ("Figure 2", "source", "ssu-wanda@0.75", "gmt@0.75"),
     ("Figure 2", "source", "ssu-wanda@0.25", "hft@0.25"),
     ("Figure 2", "source", "ssu-wanda@0.75", "hft@0.75"),
+    ("Figure 2", "source", "ssu-wanda@0.875", "hft@0.875"),
 )
 # What the paper has in place of our chats and sizes: Alpaca, and a quarter of its examples
 IN_PAPER = {
