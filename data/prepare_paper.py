@@ -315,7 +315,7 @@ def main(argv=None):
     try:
         prepare(args)
     except OSError as error:  # a full disk, a directory that cannot be written
-        fail(f"a file cannot be written ({error}). Free space, or choose another --out")
+        fail(f"a file cannot be read or written ({error}). Free space, or choose another --out")
     except KeyboardInterrupt:
         print("prepare_paper.py: interrupted. Run it again to resume", file=sys.stderr)
         raise SystemExit(130) from None
