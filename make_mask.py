@@ -244,7 +244,7 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:
         fail(f"a file cannot be read or written ({error}). Check --model, --out and free space")
     except KeyboardInterrupt:
-        tqdm.write("make_mask.py: interrupted", file=sys.stderr)
+        print("\nmake_mask.py: interrupted", file=sys.stderr)  # below the progress bar
         raise SystemExit(130) from None
 
 

@@ -608,12 +608,12 @@ def write_all(out, files, sources, versions, gguf):
         write_atomically(out / name, text)
         rows, names = files[name]
         listed[name] = {"rows": len(rows), "sources": [sources[n] for n in names]}
-    made = [out / "model" / name for name in MODEL_FILES]
-    if old["versions"] != versions or not all(path.exists() for path in made):
+    model = [f"model/{name}" for name in MODEL_FILES]
+    if old["versions"] != versions or not all((out / name).exists() for name in model):
         convert_model(gguf, out / "model")
     write_atomically(out / "model/README.md", MODEL_CARD)
-    listed |= {f"model/{name}": {"sources": [sources["model"]]} for name in MODEL_FILES}
-    for name in (*texts, *(f"model/{name}" for name in MODEL_FILES)):
+    listed |= {name: {"sources": [sources["model"]]} for name in model}
+    for name in (*texts, *model):
         path = out / name
         listed[name] |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     facts = {"versions": versions, "files": dict(sorted(listed.items()))}

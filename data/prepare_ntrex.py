@@ -113,10 +113,10 @@ def prepare(args):
     hint = "Run python data/prepare_embedded.py first"
     origin = args.embedded / "provenance.json"
     try:
-        listed = json.loads(read_text(origin, hint))["files"]
+        made = json.loads(read_text(origin, hint))["files"]
         for name in copied:
             texts[name] = read_text(args.embedded / name, hint)
-            sources[name] = listed[name]["sources"]
+            sources[name] = made[name]["sources"]
     except (ValueError, LookupError, TypeError):
         fail(f"{origin} is damaged, or does not list all that is copied. {hint}")
 

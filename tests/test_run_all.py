@@ -67,6 +67,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones(lang):
         ("SEED", "-1"),
         ("RATIOS", "0.5 2"),
         ("RATIOS", "0.5 .5 0.5"),
+        ("RATIOS", "half"),
         ("PRECISION", "int8"),
         ("CALIBRATION", "nowhere"),
         ("NUM_SAMPLES", "0"),
@@ -110,6 +111,8 @@ def test_a_dry_run_plans_and_writes_nothing(folder, tmp_path, quick):
     assert done.returncode == 0 and not (tmp_path / "runs").exists()
     assert done.stdout.startswith("embedded profile (MODEL or DATA_DIR is given): ")
     assert "\nmemory of a process of fft: " in done.stdout and "\ndisk: " in done.stdout
+    done = run_all("ne", "--dry-run", python=quick, **settings | {"RATIOS": ".50 .25"})
+    assert done.returncode == 0 and " --ratios 0.5 0.25 " in done.stdout
     done = run_all("ne", "--dry-run", python=quick, **settings | {"METHODS": ""})
     assert done.returncode == 0 and " --methods --ratios " in done.stdout  # evaluation alone
 

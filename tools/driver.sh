@@ -74,6 +74,10 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
     read -rd '' -a methods <<< "${METHODS-fft ssu-wanda}" || :  # of several lines, too
     choose_nproc
     read -rd '' -a ratios <<< "${RATIOS:-0.5}" || :
+    local i ratio
+    for i in "${!ratios[@]}"; do  # .50 is 0.5, as in the names that plan.py expects
+        if ratio=$(LC_ALL=C printf %g "${ratios[i]}" 2>/dev/null); then ratios[i]=$ratio; fi
+    done
     read -rd '' -a tasks <<< "${TASKS//,/ }" || :
     evaluate_tasks= chat_tasks= score_inputs=() dtype=float32
     chat_inputs=(evaluate.py tools/{answers,judged}.py)  # what chat_eval.py is made of
