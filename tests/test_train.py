@@ -19,7 +19,9 @@ from conftest import forked, limit_file_size, tiny_model, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import make_mask
 import score
@@ -406,6 +408,22 @@ def test_full_fine_tuning_equals_adamw_step_for_step(olmo2, text, tmp_path):
         assert torch.allclose(value, model.get_parameter(name), atol=2e-4), name
 
 
+def test_gradient_checkpointing_computes_each_layer_twice_a_step(llama, text, tmp_path):
+    calls, seen = {}, []
+    for options in ((), ("--gradient-checkpointing",)):
+        seen.clear()
+        hook = register_module_forward_pre_hook(lambda module, *_: seen.append(type(module)))
+        try:
+            train.main(arguments(llama, text, tmp_path / f"out{len(options)}", *options))
+        finally:
+            hook.remove()
+        calls[options] = seen.count(LlamaMLP)
+    assert calls["--gradient-checkpointing",] == 2 * calls[()] > 0
+    saved = weights(tmp_path / "out1")
+    for name, weight in weights(tmp_path / "out0").items():
+        assert torch.equal(weight, saved[name]), name
+
+
 def test_bf16_true_decays_weights_once(olmo2, text, tmp_path):
     check_decay(olmo2, text, tmp_path)
 
@@ -767,6 +785,15 @@ def test_a_log_that_is_gone_does_not_stand_in_the_way(olmo2, text, checkpointed)
     (checkpointed / "train.jsonl").unlink()
     train.main(arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume"))
     assert [line["step"] for line in log_of(checkpointed)[1:-1]] == list(range(11, 21))
+
+
+def test_speed_is_of_the_steps_since_resume(olmo2, text, checkpointed):
+    began = time.perf_counter()
+    train.main(arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume"))
+    elapsed = time.perf_counter() - began
+    line = log_of(checkpointed)[-2]
+    assert line["step"] == 20 and 10 * (line["ms_per_step"] - 0.5) <= 1000 * elapsed
+    assert line["tokens_per_second"] == pytest.approx(128_000 / line["ms_per_step"], rel=0.3)
 
 
 def test_a_log_line_that_a_kill_cut_does_not_stand_in_the_way(olmo2, text, checkpointed):
