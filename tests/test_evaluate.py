@@ -709,6 +709,8 @@ def test_seeds_and_greedy(llama, data, whole, tmp_path):
     assert runs[1] == [other["source", 0, i] for i in range(4, 10)]
     greedy = answers("--greedy", "--num-samples", 3)
     assert len(greedy) == 6 and {run for _, run, _ in greedy} == {0}
+    found = json.loads((tmp_path / "eval.json").read_text())["results"]["mt"]
+    assert {numbers["sd_over_runs"] for numbers in found.values()} == {0}
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import make_mask
@@ -257,6 +258,12 @@ def test_a_template_without_a_system_turn():
     said = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     expected = sorted(set(tokenizer(said)["input_ids"]))
     assert make_mask.chat_token_ids(tokenizer) == expected
+    plain = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert make_mask.chat_token_ids(tokenizer) == expected  # the template does not write it
+    tokenizer.backend_tokenizer.post_processor = plain
     tokenizer.chat_template += "{% if add_generation_prompt %}<|endoftext|>{% endif %}"
     assert make_mask.chat_token_ids(tokenizer) == sorted([0, *expected])  # 0 is <|endoftext|>
     tokenizer.chat_template += "{{ strftime_now('%Y') }}"
