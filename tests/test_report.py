@@ -25,7 +25,7 @@ def tables_only(monkeypatch):
     monkeypatch.setattr(pictures, "Figure", None)
 
 
-def evaluation(folder, method, chat, target, mt, seed=42, cut=0.0, **settings):
+def evaluation(folder, method, chat, target, mt, seed=42, cut=0.0, lang="ne", **settings):
     """Write an eval.json made by hand."""
     settings = {"tasks": ["bpb", "mt"], "seed": seed, "model_sha256": method} | settings
     bpb = {
@@ -36,7 +36,7 @@ def evaluation(folder, method, chat, target, mt, seed=42, cut=0.0, **settings):
     results["mt"] = {"source": {"chrf": mt, "n": 5, "cut": cut}}
     results["mt"]["target"] = {"chrf": 2 * mt, "n": 5, "cut": 0.0}
     results["chat"] = {"stop_rate": 1.0, "repetition": 0.0, "english_share": 0.5, "n": 6}
-    content = {"format": "ssu-eval", "version": 1, "lang": "ne", "settings": settings}
+    content = {"format": "ssu-eval", "version": 1, "lang": lang, "settings": settings}
     content |= {"results": results}
     path = folder / method / "eval.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -434,6 +434,24 @@ def test_statements_reach_over_folders_of_run_directories(tmp_path):
     (row,) = [line for line in statements.table(groups)[0].splitlines() if "Table 5" in line]
     assert "SSU-Wanda of calibration-8 keeps as much English as SSU-Wanda, within 1 " in row
     assert "| -4.2, -4.0 " in row and "agrees" in row  # the paper's 128 examples, and its 500
+
+
+def test_statements_on_several_languages_compare_the_means_over_them(tmp_path):
+    groups = {}
+    for lang, seeds, loss in (("ne", (1, 2, 3), 0.3), ("ky", (1, 2), 0.4)):
+        runs = [tmp_path / lang / str(seed) for seed in seeds]
+        for seed, run in zip(seeds, runs, strict=True):
+            evaluation(run, "source", 1.0, 2.0, 20.0, lang=lang)
+            evaluation(run, "fft", 1.0 + loss + seed / 100, 1.0, 20.0, lang=lang)
+            evaluation(run, "ssu-wanda", 1.02, 1.0, 20.0, lang=lang)
+            if lang == "ne":  # HFT was not measured in all languages
+                evaluation(run, "hft", 1.1, 1.0, 20.0, lang=lang)
+        groups[f"embedded-{lang}"] = report.read_runs(runs, None)
+    found = statements.table(groups)[0].splitlines()
+    assert len(found) == 2 + 2  # one statement on English, one on the target languages
+    row = [cell.strip() for cell in found[2].split("|")[4:-1]]
+    assert row == ["-2.0 ± 0.0, -36.5 ± 0.7", "+34.5 ± 0.7", "2", "agrees"]
+    assert "SSU-Wanda gains more of the target language than FFT" in found[3]
 
 
 def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, refused):

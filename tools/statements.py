@@ -6,9 +6,9 @@ is the mean change over its eight monolingual English tasks, or over its four ta
 Table 2 it is made from the mean scores of five languages (Tables 10 to 13), elsewhere from those
 of Igbo.
 
-The difference is taken run directory by run directory, that is, seed by seed. A statement is
-decided if the 95% interval of the mean difference (Student's t) leaves out zero. Each statement is
-tested by itself.
+The difference is taken run directory by run directory, that is, seed by seed. Of several languages
+it is the mean, over the seeds that all of them have. A statement is decided if the 95% interval of
+the mean difference (Student's t) leaves out zero. Each statement is tested by itself.
 """
 
 import math
@@ -118,6 +118,16 @@ def measured(groups, side, method):
     return changes
 
 
+def mean_over_languages(languages, side, method):
+    """Return {seed: mean of what `measured` finds}, of the seeds that all languages have.
+
+    languages: {code: groups}.
+    """
+    found = [measured(groups, side, method) for groups in languages.values()]
+    seeds = [seed for seed in found[0] if all(seed in changes for changes in found)]
+    return {seed: statistics.fmean(changes[seed] for changes in found) for seed in seeds}
+
+
 def interval(differences):
     """Return the 95% interval of the mean of two or more differences."""
     mean, n = statistics.fmean(differences), len(differences)
@@ -160,12 +170,15 @@ def table(groups):
 
     groups: {folder of run directories: their evaluations}.
     """
-    lang = next(iter(groups.values()))["source"][0]["settings"]["lang"]
-    target = LANGUAGES[lang]["name"]
+    languages = {}
+    for name, evals in groups.items():
+        languages.setdefault(evals["source"][0]["settings"]["lang"], {})[name] = evals
+    names = [LANGUAGES[lang]["name"] for lang in languages]
+    target = names[0] if len(names) == 1 else "of the target language"
     head = ["Paper", "Statement", "Its figures, %", "Ours, %", "Difference", "n", "Verdict"]
     rows, counts = [head], {"agrees": 0, "disagrees": 0, "not decided": 0}
     for where, side, a, b, *margin in STATEMENTS:
-        ours, other = measured(groups, side, a), measured(groups, side, b)
+        ours, other = (mean_over_languages(languages, side, method) for method in (a, b))
         runs = sorted(ours.keys() & other.keys())
         if not runs:
             continue
