@@ -128,14 +128,13 @@ def rows_of(groups):
     A row has the name of its language or, where all have one language, of the folder without it.
     A folder that ends in -bpb has more runs of the one without, evaluated in bits per byte alone.
     """
-    languages = {name: evals["source"][0]["settings"]["lang"] for name, evals in groups.items()}
-    several = len(set(languages.values())) > 1
+    languages = statements.by_language(groups)
     rows = {}
     for lang in LANGUAGES:
-        for name in [name for name in groups if languages[name] == lang]:
+        for name, evals in languages.get(lang, {}).items():
             row = name.removesuffix(f"-{lang}").removesuffix("-bpb")
-            row = LANGUAGES[lang]["name"] if several else row
-            rows.setdefault(row, {})[name] = groups[name]
+            row = LANGUAGES[lang]["name"] if len(languages) > 1 else row
+            rows.setdefault(row, {})[name] = evals
     return rows
 
 

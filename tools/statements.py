@@ -118,6 +118,14 @@ def measured(groups, side, method):
     return changes
 
 
+def by_language(groups):
+    """Return {code: groups} of groups, {folder of run directories: their evaluations}."""
+    languages = {}
+    for name, evals in groups.items():
+        languages.setdefault(evals["source"][0]["settings"]["lang"], {})[name] = evals
+    return languages
+
+
 def mean_over_languages(languages, side, method):
     """Return {seed: mean of what `measured` finds}, of the seeds that all languages have.
 
@@ -170,9 +178,7 @@ def table(groups):
 
     groups: {folder of run directories: their evaluations}.
     """
-    languages = {}
-    for name, evals in groups.items():
-        languages.setdefault(evals["source"][0]["settings"]["lang"], {})[name] = evals
+    languages = by_language(groups)
     names = [LANGUAGES[lang]["name"] for lang in languages]
     target = names[0] if len(names) == 1 else "of the target language"
     head = ["Paper", "Statement", "Its figures, %", "Ours, %", "Difference", "n", "Verdict"]
