@@ -596,7 +596,9 @@ def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
     model = shutil.copytree(olmo2, tmp_path / "model")
     (model / "LICENSE.md").write_text("terms")
     (model / "README.md").write_text("of the source")
+    (model / "model-q4.gguf").write_text("the source's weights, which are not these")
     train.main(arguments(model, text, tmp_path / "out", "--steps", "2"))
+    assert not (tmp_path / "out/model/model-q4.gguf").exists()
     assert "of the source" != (tmp_path / "out/model/README.md").read_text()
     for name in (
         "LICENSE.md",
