@@ -691,7 +691,7 @@ def test_kills_then_the_same_bits(olmo2, mask, text, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, monkeypatch):
+def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, monkeypatch, refused):
     """With checkpoints of many files."""
     extra = ["--save-every", "8"]
     monkeypatch.setattr(files, "CHECKPOINT_FILE", 30_000)
@@ -715,6 +715,8 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, mo
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert without_times(log_of(tmp_path / "whole")) == without_times(log_of(tmp_path / "out"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "train.jsonl"]
+    again = arguments(olmo2, text, tmp_path / "out", *extra, "--resume")
+    assert "holds a finished model" in refused(train.main, *again)
 
 
 @pytest.fixture()
@@ -957,11 +959,20 @@ def test_scores_of_another_model_end_here(llama, chats, olmo2, text, tmp_path, r
     )
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint/step-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoint/step-{step}/checkpoint.json").write_text("{}")
+    (tmp_path / "checkpoint/step-11").mkdir()  # of a kill: not complete
+    assert files.newest_checkpoint(tmp_path).name == "step-10"
+
+
 def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, refused):
     assert "no such directory" in refused(
         train.main, *arguments("./nowhere", text, tmp_path / "out")
     )
-    assert "is the folder of the source" in refused(train.main, *arguments(olmo2, text, olmo2))
+    same = olmo2 / ".." / olmo2.name
+    assert "is the folder of the source" in refused(train.main, *arguments(olmo2, text, same))
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refused(train.main, *arguments(olmo2, text, tmp_path / "file/out"))
 
