@@ -44,7 +44,7 @@ from variants.distributed import (
     read_buffers,
 )
 
-CHECKPOINT_FILE = 4 * 10**9  # bytes of a rank's state in one file, which is built in main memory
+CHECKPOINT_FILE = 2**28  # bytes of a rank's state in one file, which is built in main memory
 OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
