@@ -291,6 +291,7 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
     assert json.loads((run / "ssu-wanda/eval.json").read_text())["format"] == "ssu-eval"
 
     (data / "en/t3.jsonl").write_text("{}\n")  # of a task that is not among these
+    assert re.search(r"^\+ python score.py .* --dtype float32$", done.stdout, re.MULTILINE)
     again = run_all("ne", python=quick, **settings)
     assert again.returncode == 0 and again.stdout.count("done before:") == 7
     started = re.findall(r"^\+ python (\S+)", again.stdout, re.MULTILINE)
@@ -379,6 +380,18 @@ def test_only_some_methods_need_calibration_text(methods, read, tmp_path):
     settings = dict(METHODS=methods, TASKS="bpb", PRECISION="fp32", CALIBRATION="chats.jsonl")
     run = dict(env=os.environ | settings, capture_output=True, text=True, check=True)
     assert subprocess.run(["bash", "-euc", script], **run).stdout == f"{read}\n"
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", "float32"), ("bf16", "bfloat16"), ("bf16-true", "bfloat16")]
+)
+def test_scores_and_evaluations_are_computed_in_the_precision_of_training(precision, dtype):
+    script = f'. "{ROOT}/tools/driver.sh"; gpus=0 accumulated=2 en=en; read_lists; '
+    script += 'echo "${calibration[@]}" "$dtype"'
+    settings = dict(METHODS="fft", TASKS="bpb", PRECISION=precision, CALIBRATION="tulu")
+    run = dict(env=os.environ | settings, capture_output=True, text=True, check=True)
+    found = subprocess.run(["bash", "-euc", script], **run).stdout
+    assert found == f"--dtype {dtype} {dtype}\n"
 
 
 def test_answers_are_asked_again_after_a_change_of_what_asks_them():

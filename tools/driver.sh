@@ -90,6 +90,7 @@ read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follo
         esac
     done
     case $PRECISION in bf16*) dtype=bfloat16 ;; esac
+    calibration+=(--dtype "$dtype")
     local method
     for method in "${methods[@]}"; do
         case $method:$CALIBRATION in
