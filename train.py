@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers.utils import is_flash_attn_2_available
 
 from data.blocks import batch_indices, load_sequences
 from data.identity import git_commit
@@ -126,9 +125,7 @@ def build_model(args, masks, skeleton, directory):
     skeleton: the model without weights.
     masks: {parameter name: uint8 tensor that broadcasts to it}, 1 = update, 0 = freeze.
     """
-    half = args.device == "cuda" and args.precision != "fp32"  # flash-attn takes no fp32
-    flash = half and skeleton._supports_flash_attn and is_flash_attn_2_available()
-    options = {"attn_implementation": "flash_attention_2"} if flash else {}
+    options = {"attn_implementation": files.fastest_attention(args, skeleton)}
     options["dtype"] = torch.bfloat16 if args.precision == "bf16-true" else torch.float32
     if WORLD == 1:
         model = files.load_model(args.model, directory, **options)

@@ -214,6 +214,8 @@ def worker(args):
     with torch.device(args.device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=dtype)
+    if attention := files.fastest_attention(args, model):
+        model.set_attn_implementation(attention)
     model.train()
     masks, operations = random_masks(model), flops(model, args.seq_len)
     with tempfile.TemporaryDirectory() as out:

@@ -22,7 +22,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm import tqdm
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 from data import models
 from data.identity import digest_of, fingerprint, sha256_of, shapes_of
@@ -79,6 +79,16 @@ def load_model(name, directory, **options):
     """Return the model, of the same commit as before. Fail if its files lack a tensor."""
     commit = commit_of(name, directory) or "main"
     return models.load_weights(name, fail, revision=commit, **options)
+
+
+def fastest_attention(args, model):
+    """Return the name of an attention kernel, or None for the model's default, mostly SDPA."""
+    if args.precision == "fp32":  # flash-attn takes none, and on a CPU SDPA is as fast
+        return None
+    if args.device == "cpu":  # SDPA's backward pass takes longer where sequences are short
+        return "eager" if args.seq_len <= 128 else None
+    flash = model._supports_flash_attn and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else None
 
 
 def kept(path):
