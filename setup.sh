@@ -13,9 +13,11 @@ if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     exit 2
 fi
 
+# Python compiles what is imported, once. pip would compile all, which takes half a minute.
+unset PYTHONDONTWRITEBYTECODE
 install() {  # PACKAGE...: install with pip, quietly
     echo "setup: installing $* into $VIRTUAL_ENV"
-    python -m pip install --quiet --disable-pip-version-check "$@"
+    python -m pip install --quiet --disable-pip-version-check --no-compile "$@"
 }
 optional() {  # PACKAGE CHECK: install what only some methods and tasks need, if CHECK fails
     python -c "$2" 2>/dev/null || install "$1"
