@@ -114,7 +114,7 @@ def tokenize(batch, tokenizer, end_id):
 
 
 def cut(batch, seq_len):
-    """Concatenate documents and cut them into sequences. The remainder is dropped."""
+    """Concatenate a batch of documents and cut it into sequences. What is left over is dropped."""
     tokens = np.concatenate(batch["input_ids"])
     return {"input_ids": tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)}
 

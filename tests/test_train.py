@@ -619,6 +619,23 @@ def test_saved_folder_is_ordinary_and_tokenizer_files_are_copied_byte_for_byte(
         assert said in out
 
 
+@pytest.mark.parametrize(
+    "precision, seq_len, kernel",
+    [
+        ("bf16", 128, "eager"),
+        ("bf16-true", 16, "eager"),
+        ("bf16", 129, "sdpa"),
+        ("fp32", 16, "sdpa"),
+    ],
+)
+def test_short_sequences_in_bf16_take_attention_written_out_on_a_cpu(
+    llama, text, tmp_path, capsys, precision, seq_len, kernel
+):
+    settings = ("--steps", "1", "--precision", precision, "--seq-len", str(seq_len))
+    train.main(arguments(llama, text, tmp_path / "out", *settings))
+    assert f"attention: {kernel}\n" in capsys.readouterr().out
+
+
 def test_a_buffer_that_bf16_does_not_hold_is_saved_as_it_is(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     model.register_buffer("fine", torch.tensor([5.001, 5.002]))
