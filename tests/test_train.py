@@ -636,6 +636,15 @@ def test_short_sequences_in_bf16_take_attention_written_out_on_a_cpu(
     assert f"attention: {kernel}\n" in capsys.readouterr().out
 
 
+def test_a_model_is_the_same_under_another_card_but_not_with_another_template(olmo2, tmp_path):
+    model = shutil.copytree(olmo2, tmp_path / "model")
+    key = files.model_key(str(model), model)
+    (model / "README.md").write_text("results are added here after training")
+    assert files.model_key(str(model), model) == key
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert files.model_key(str(model), model) != key
+
+
 def test_a_buffer_that_bf16_does_not_hold_is_saved_as_it_is(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     model.register_buffer("fine", torch.tensor([5.001, 5.002]))
