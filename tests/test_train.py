@@ -632,6 +632,7 @@ def test_short_sequences_in_bf16_take_attention_written_out_on_a_cpu(
     llama, text, tmp_path, capsys, precision, seq_len, kernel
 ):
     settings = ("--steps", "1", "--precision", precision, "--seq-len", str(seq_len))
+    settings += ("--device", "cpu")
     train.main(arguments(llama, text, tmp_path / "out", *settings))
     assert f"attention: {kernel}\n" in capsys.readouterr().out
 
