@@ -287,11 +287,11 @@ def test_end_to_end_then_nothing_left_to_do_then_only_what_changed(folder, quick
         "source/chat.json",
     ):
         assert (run / name).is_file(), name
+    assert re.search(r"^\+ python score.py .* --dtype float32$", done.stdout, re.MULTILINE)
     assert "SSU-Wanda" in done.stdout and "SSU-Wanda" in (run / "report.md").read_text()
     assert json.loads((run / "ssu-wanda/eval.json").read_text())["format"] == "ssu-eval"
 
     (data / "en/t3.jsonl").write_text("{}\n")  # of a task that is not among these
-    assert re.search(r"^\+ python score.py .* --dtype float32$", done.stdout, re.MULTILINE)
     again = run_all("ne", python=quick, **settings)
     assert again.returncode == 0 and again.stdout.count("done before:") == 7
     started = re.findall(r"^\+ python (\S+)", again.stdout, re.MULTILINE)
