@@ -284,7 +284,7 @@ def prove_and_save(args, model, masks, skeleton, directory):
     if not files.is_exact(source, dtype):
         dtype = torch.float32  # config.json names a coarser dtype, which would round frozen weights
     if args.adalora:
-        model = adalora.merge(model, source)
+        model, masks = adalora.merge(model, source)
     frozen, trainable, moved = verify_and_copy(model, source, masks, dtype)
     print(f"verified: {frozen:,} frozen weights are bit-identical to the source")
     print(f"moved: {moved:,} of {trainable:,} trainable weights")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import types
+from collections import Counter
 
 import huggingface_hub
 import pytest
@@ -418,14 +419,15 @@ def test_what_does_not_fit_is_told_what_may_help(method, more, remedies, olmo2, 
 
 def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
     argv = ["--model", str(tmp_path), "--lang", "ig", "--runs", str(tmp_path / "runs")]
-    args = plan.parse_args([*argv, "--methods", "gmt", "fft", "--ratios", "0.25", "0.5"])
+    argv += ["--methods", "gmt", "fft", "--ratios", "0.25", "0.5", "--precision", "bf16"]
+    args = plan.parse_args(argv)
 
     def planned():
-        problems = plan.check_disk(args, 10**9, 4, download=3 * 10**9)
+        problems = plan.check_disk(args, 10**9, 4, Counter(dataset=3 * 10**9, model=10**9))
         return problems, re.findall(r"disk: (\S+) GB", capsys.readouterr().out)
 
-    # Two checkpoints and the three models.
-    assert planned()[1] == ["3.0", "9.0", "36.0"]
+    # A model does not come to the cache of data sets. Two checkpoints and the three models
+    assert planned()[1] == ["4.0", "9.0", "36.0"]
     for done, left in (("ig/gmt@0.25", "31.0"), ("ig/gmt@0.75", "36.0"), ("ne/fft", "36.0")):
         (tmp_path / "runs" / done).mkdir(parents=True)
         with open(tmp_path / "runs" / done / "state.safetensors", "wb") as file:
@@ -436,9 +438,12 @@ def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
     args.optimizer = "adamw8bit"  # 4 bytes of weights and moments, and a few of blocks
     assert planned()[1][2] == "21.0"
     args.optimizer = "adamw"
+    args.precision = "bf16-true"  # weights of 2 bytes, moments of 8
+    assert planned()[1][2] == "32.0"
+    args.precision = "bf16"
 
     # All that comes to one disk must fit together.
-    for free, fits in ((48.1, True), (47.9, False)):
+    for free, fits in ((49.1, True), (48.9, False)):
         space = types.SimpleNamespace(free=int(free * 1e9))
         monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
         problems, _ = planned()
@@ -459,7 +464,7 @@ def test_main_memory_holds_the_source_once_more(capsys):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     args = plan.parse_args(["--model", str(tmp_path), "--lang", "ne", "--runs", str(tmp_path)])
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
-    (problem,) = plan.check_disk(args, 1000, 2, download=0)
+    (problem,) = plan.check_disk(args, 1000, 2, Counter())
     assert f"{tmp_path} cannot be written" in problem
 
 

@@ -551,9 +551,9 @@ def test_what_cannot_be_compared(tmp_path, refused):
 
 
 def test_methods_trained_with_other_settings_are_named(tmp_path, tables_only):
-    base = {"lr": 5e-4, "steps": 32, "seed": 42, "micro_batch_size": 8}
+    base = {"lr": 5e-4, "steps": 32, "seed": 42, "micro_batch_size": 8, "optimizer": "adamw"}
     runs = {"fft": base, "gmt": base | {"micro_batch_size": 2, "gmt_ratio": 0.5}}
-    runs["ssu-wanda"] = base | {"lr": 1e-4, "steps": 64}
+    runs["ssu-wanda"] = base | {"lr": 1e-4, "steps": 64, "optimizer": "adamw8bit"}
     evaluation(tmp_path, "source", 1.0, 2.0, 10.0)
     for method, settings in runs.items():
         evaluation(tmp_path, method, 1.1, 1.5, 12.0)
@@ -561,7 +561,8 @@ def test_methods_trained_with_other_settings_are_named(tmp_path, tables_only):
         (tmp_path / method / "train.jsonl").write_text(log)
     report.main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
-    assert "\nSSU-Wanda was trained with steps 64, lr 0.0001 (FFT: 32, 0.0005).\n" in text
+    differences = "steps 64, lr 0.0001, optimizer adamw8bit (FFT: 32, 0.0005, adamw)"
+    assert f"\nSSU-Wanda was trained with {differences}.\n" in text
     assert text.count("was trained with") == 1
     report.main([str(tmp_path), "--methods", "fft", "gmt"])
     assert "was trained with" not in (tmp_path / "report.md").read_text()

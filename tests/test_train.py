@@ -273,9 +273,14 @@ def test_adalora_merged_gives_the_logits_of_the_unmerged_model(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(merged(input_ids=ids).logits, unmerged["logits"], atol=1e-4)
+    frozen = 0
     for name, before in load_file(source / "model.safetensors").items():
         trained = "embed" in name or "lm_head" in name or name.endswith("proj.weight")
         assert trained == (not torch.equal(merged.get_parameter(name), before)), name
+        if not trained:
+            frozen += before.numel()
+    summary = json.loads((tmp_path / "out/train.jsonl").read_text().splitlines()[-1])["summary"]
+    assert frozen > 0 and summary["frozen_verified"] == frozen
     # Pruned from 12 to Table 8's average of 8
     assert sum(unmerged["ranks"]) == 8 * len(unmerged["ranks"])
 

@@ -7,7 +7,8 @@ from tools.methods import display_name, in_order
 from tools.tables import look_up
 
 # What no method decides. Others of train.jsonl's settings belong to one, or change only rounding.
-TRAINING = ("steps", "batch_size", "seq_len", "lr", "weight_decay", "seed", "precision", "data")
+TRAINING = ("steps", "batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm")
+TRAINING += ("seed", "precision", "optimizer", "data")
 
 
 def fail(message):

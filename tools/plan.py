@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -283,7 +284,7 @@ def wanted_sources(args):
 
 
 def check_downloads(args):
-    """Print each source. Return (bytes to download, problems)."""
+    """Print each source. Return ({kind: bytes to download}, problems)."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HTTPError
@@ -291,9 +292,9 @@ def check_downloads(args):
 
     if HF_HUB_OFFLINE:
         print("HF_HUB_OFFLINE is set, so nothing is downloaded. The cache is not checked")
-        return 0, []
+        return Counter(), []
     disable_progress_bars()
-    total, problems = 0, []
+    downloads, problems = Counter(), []
     for kind, repo, revision, patterns in wanted_sources(args):
         wanted = dict(repo_type=kind, revision=revision, allow_patterns=patterns)
         try:
@@ -308,9 +309,9 @@ def check_downloads(args):
             print(f"{repo:<36} not to be had")
             continue
         size = sum(file.file_size for file in files if file.will_download)
-        total += size
+        downloads[kind] += size
         print(f"{repo:<36} download {size / 1e9:8.3f} GB")
-    return total, problems
+    return downloads, problems
 
 
 def models_of(args):
@@ -322,17 +323,22 @@ def models_of(args):
     return [args.runs / args.lang / name for name in names]
 
 
-def check_disk(args, weights, itemsize, download):
+def check_disk(args, weights, itemsize, downloads):
     """Print what comes to the disks. Return the problems.
 
-    weights: the number of weights; itemsize: bytes of each in a saved model.
+    weights: the number of weights; itemsize: bytes of each in a saved model; downloads: of
+    check_downloads.
     """
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folders = models_of(args)
     models = len(folders) + is_asked("lota", args)  # it first trains a model to choose weights by
-    checkpoints = 24 if args.optimizer == "adamw" else 9  # bytes a weight, the last two
+    checkpoints = 24  # bytes a weight, the last two: weights and two moments
+    if args.precision == "bf16-true":
+        checkpoints = 20
+    if args.optimizer != "adamw":
+        checkpoints = 9
     results = (checkpoints + models * itemsize) * weights
     if ELEMENTS & set(args.methods):
         results += (4 + models) * weights  # scores and masks of every weight
@@ -341,7 +347,7 @@ def check_disk(args, weights, itemsize, download):
     for folder in folders:
         results -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     # A data set is kept compressed, and as Arrow, which takes up to three times as much.
-    coming = [(HF_HUB_CACHE, download), (HF_DATASETS_CACHE, 3 * download)]
+    coming = [(HF_HUB_CACHE, downloads.total()), (HF_DATASETS_CACHE, 3 * downloads["dataset"])]
     coming.append((args.runs, max(0, results)))
 
     problems, disks = [], {}
@@ -380,7 +386,7 @@ def plan(args):
     from data.models import build_skeleton
     from tools.memory import is_counted, trained_fractions
 
-    download, problems = check_downloads(args) if args.lang else (0, [])
+    downloads, problems = check_downloads(args) if args.lang else (Counter(), [])
     if any(f" {args.model}: " in problem for problem in problems):
         return problems
     skeleton, _ = build_skeleton(args.model, fail)
@@ -400,7 +406,7 @@ def plan(args):
     elif args.profile == "paper":
         print_table(args, model)
     if args.lang:
-        problems += check_disk(args, weights, dtype.itemsize if dtype else 4, download)
+        problems += check_disk(args, weights, dtype.itemsize if dtype else 4, downloads)
     if args.lang and args.methods and counted:
         problems += check_memory(args, model)
     if args.lang and args.methods and torch.cuda.is_available():

@@ -12,7 +12,9 @@ from variants.distributed import fail
 def check(args, error):
     """Call error(message) if the other arguments do not allow AdaLoRA."""
     if args.save_every or args.resume or args.compile or args.precision not in ("bf16", "fp32"):
-        error("--adalora takes no --save-every, --resume, --compile, fp16 or bf16-true. Remove it")
+        error(
+            "--adalora takes no --save-every, --resume, --compile, fp16, bf16-true. Leave them out"
+        )
     if not importlib.util.find_spec("peft"):
         error("--adalora needs peft: pip install peft==0.21.2")
 
@@ -66,7 +68,12 @@ def penalty(model):
 
 
 def merge(model, source):
-    """Return the model with adapters merged. Exit with an error if a frozen weight moved."""
+    """Return (the model with adapters merged, masks of the parameters that are frozen as a whole).
+
+    source: {parameter name: fp32 weights of the source model}. Exit with an error if a weight that
+    is frozen during training moved.
+    """
+    masks = {}
     trained = {
         id(module.weight)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -74,7 +81,10 @@ def merge(model, source):
     for name, p in model.named_parameters():
         if ".lora_" in name or ".ranknum." in name or id(p) in trained:
             continue
+        adapted = name.endswith(".base_layer.weight")
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if not adapted:
+            masks[name] = torch.zeros(1)
         if not torch.equal(p.detach().cpu(), source[name].detach()):
             fail(f"{name} is frozen under AdaLoRA, but it changed. Please report this bug")
-    return model.merge_and_unload()
+    return model.merge_and_unload(), masks

@@ -10,7 +10,8 @@ from variants.distributed import full
 def drop_smallest(grad, ratio):
     """Return grad [d_out, d_in] with the fraction `ratio` that is smallest in size set to zero.
 
-    The threshold is that of the whole matrix, even if several ranks share its rows.
+    All that equal the largest of these are dropped too. The threshold is that of the whole matrix,
+    even if several ranks share its rows.
     """
     size = full(grad).abs().flatten()
     dropped = int(ratio * len(size))
@@ -20,7 +21,7 @@ def drop_smallest(grad, ratio):
         threshold = float(np.partition(size.float().numpy(), dropped - 1)[dropped - 1])
     else:
         threshold = size.sort().values[dropped - 1].item()
-    return grad * (grad.abs() > threshold)
+    return grad.masked_fill(grad.abs() <= threshold, 0)
 
 
 def add_hooks(model, names, ratio):
