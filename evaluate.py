@@ -1,6 +1,6 @@
 r"""Measure what a model keeps of its source language (English) and gains in the target language.
 
-Stage 4 of SSU. Tasks, those of Section 4.5 and two more, bpb and mcq:
+Stage 4 of SSU. Tasks: four of Section 4.5 (tools/chat_eval.py has the others), bpb and mcq:
     bpb    bits per byte of held-out text; in a chat, of the last answer and its end of turn
     mcq    multiple choice: the option with the highest log-likelihood per byte
     mt     translation: mean chrF++ over sentences, few-shot
@@ -247,7 +247,7 @@ def loglik(model, rows, shared=0):
         logprobs = logits[row, first : first + len(part)].float().log_softmax(-1)
         sums.append(float(logprobs[range(len(part)), part].double().sum()))
     if not all(map(math.isfinite, sums)):
-        fail("the model gives logits that are not finite. Its weights are damaged")
+        fail("logits are not finite: the model's weights are damaged. Train or copy it again")
     return sums
 
 
@@ -410,7 +410,7 @@ def parse_args(argv=None):
         fail(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     asked = args.tasks.split(",")
     if set(asked) - set(TASKS):
-        fail(f"--tasks {args.tasks} is not a list of some of {names}")
+        fail(f"--tasks {args.tasks}: there is no such task. Give some of {names}")
     args.tasks = [task for task in TASKS if task in asked]
     if "mt" in asked and "flores" not in LANGUAGES[args.lang]:
         fail(f"--tasks mt: {args.lang} has no `flores` in data/languages.json. Add its code")
@@ -490,7 +490,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-tokens")
     except OSError as error:  # a missing file, a full disk
-        fail(f"{error.filename or ''} {error.strerror or error}. Check --data-dir and free space")
+        fail(f"a file cannot be read or written ({error}). Check --data-dir and free space")
     except KeyboardInterrupt:
         print("evaluate.py: interrupted. The same command continues", file=sys.stderr)
         raise SystemExit(130) from None

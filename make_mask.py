@@ -64,7 +64,7 @@ def parse_args(argv):
     if args.method and args.freeze:
         fail(f"--method {args.method} has no scores. Remove --freeze")
     if args.ratio is None:
-        args.ratio = 0.5 if args.method in (None, "hft") else 0.985
+        args.ratio = 0.985 if str(args.method).startswith("s2ft-") else 0.5
     if not 0 <= args.ratio <= 1:
         fail(f"--ratio is {args.ratio}. Give a number from 0 (nothing is frozen) to 1")
     if args.out.exists() and format_of(args.out) != "ssu-mask":
@@ -212,7 +212,7 @@ def run(args):
         about["fingerprint"] = fingerprint(shapes)
         if args.method == "hft":
             masks = hft_masks(model, args.ratio, args.seed)
-        else:
+        elif args.method.startswith("s2ft-"):
             masks = s2ft_masks(model, args.ratio, args.seed, args.method)
 
     # For any mask: the rows of the chat template's tokens (docs/DIFFERENCES.md, 11)

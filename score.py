@@ -109,7 +109,7 @@ def scored_parameters(model):
             # Conv1D is transposed and experts are 3-D: their columns would be scored wrongly.
             if p.dim() != 1 and not isinstance(module, nn.Linear):
                 what = f"{name} {list(p.shape)} of {type(module).__name__}"
-                fail(f"{what} cannot be scored. Only vectors and nn.Linear matrices can")
+                fail(f"{what} cannot be scored: it is no nn.Linear. Choose another model")
             if name in names:  # otherwise it is tied to a parameter of another name
                 owners[name] = module
     return owners
@@ -128,7 +128,7 @@ def input_reader(name, module, x):
         return lambda inputs, output: inputs, 1.0
 
     if not torch.isfinite(x).all():
-        fail(f"the input of {name} is not finite. The model's weights are damaged")
+        fail(f"the input of {name} is not finite: weights are damaged. Copy the model again")
 
     # A norm is affine in its weight, norm(x) = weight * x_hat + rest, so two weights give x_hat.
     # This holds for RMSNorm and LayerNorm, and for norms that scale by 1 + weight.
@@ -138,7 +138,8 @@ def input_reader(name, module, x):
     rest = at_0.forward(x)  # .forward: the copies have the module's hooks
     expected = 3.0 * (at_1.forward(x) - rest) + rest
     if not torch.allclose(at_3.forward(x), expected, rtol=2e-2, atol=2e-2):
-        fail(f"{name} of {type(module).__name__} cannot be scored. It is not the weight of a norm")
+        what = f"{name} of {type(module).__name__}"
+        fail(f"{what} cannot be scored: it is not the weight of a norm. Choose another model")
 
     # For an RMSNorm, output / weight is x_hat, and nothing needs to be computed again.
     if rest.any() or not module.weight.all():
@@ -286,10 +287,10 @@ def compute_scores(args, skeleton, owners, tokens):
 def check_model(args, skeleton, owners):
     """Fail if the method cannot score this model."""
     if args.adapted and shapes_of(load_skeleton(args.adapted, fail)[0]) != shapes_of(skeleton):
-        fail(f"--adapted {args.adapted} and {args.model} differ in their parameters")
+        fail(f"--adapted {args.adapted} and --model differ in their parameters. Correct one")
     biases = [name for name in owners if not name.endswith(".weight")]
     if args.method == "sparsegpt" and (biases or args.axis == "row"):
-        fail("--method sparsegpt scores all rows alike, and biases too. Choose another method")
+        fail("--method sparsegpt ranks neither rows nor biases. Choose another method")
     context = context_of(skeleton.config)
     if args.method in CALIBRATED and context < args.seq_len:
         fail(f"--seq-len {args.seq_len} exceeds the model's {context} positions. Lower it")
@@ -334,7 +335,8 @@ def run(args):
     metadata |= {"torch": torch.__version__, "transformers": transformers.__version__}
     save_tensors(args.out, scores, metadata | {"tensors_sha256": digest_of(scores)})
     lota = " --ratio 0.9" if args.method == "delta" else ""
-    print(f"scores: {args.out}. Next: python make_mask.py --scores {args.out}{lota} --out MASK")
+    print(f"scores: {args.out}")
+    print(f"next: python make_mask.py --scores {args.out}{lota} --out MASK")
 
 
 def main(argv=None):

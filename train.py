@@ -8,7 +8,8 @@ mask, the method is one line between the backward pass and gradient clipping:
 Weight decay is masked as well, because AdamW's decoupled decay moves a weight whose gradient is
 zero. Without --mask, all weights are trained: full fine-tuning (FFT). GMT and AdaLoRA are not
 static masks: use --gmt-ratio and --adalora. --compact makes the same updates, up to rounding, with
-less memory. Before saving, every frozen weight is compared with the source model, bit by bit.
+less memory. Before saving, every frozen weight is compared with the source model, bit by bit in the
+precision of training.
 
 On a CPU, in a few minutes:
     python train.py --model data/embedded/model --data data/embedded/ne/train.jsonl \
@@ -56,8 +57,8 @@ PRECISIONS = ("bf16", "bf16-true", "fp16", "fp32")
 
 
 def parse_args(argv=None):  # noqa: C901
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=formatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, __doc__, formatter_class=raw)
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", required=True, help="source model: directory or hub id")
     add("--data", required=True, help="text: .jsonl[.gz], .parquet, .txt (by line), madlad:LANG")
@@ -74,7 +75,7 @@ def parse_args(argv=None):  # noqa: C901
     add("--warmup-ratio", type=float, default=0.05, help="fraction of the steps used for warmup")
     add("--weight-decay", type=float, default=0.01, help="decoupled decay of trainable matrices")
     add("--max-grad-norm", type=float, default=1.0, help="clipping threshold, 0: none (ours)")
-    add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, of 8 sequences in all)")
+    add("--gmt-ratio", type=float, help="GMT: fraction to drop (paper: 0.5, in micro-batches of 8)")
     add("--adalora", action="store_true", help="AdaLoRA (needs peft); cannot resume")
     add("--seed", type=int, default=42, help="seed of the order of sequences, and of all else")
     add = parser.add_argument_group("precision, memory and speed").add_argument

@@ -2,7 +2,8 @@
 
     sequences, counts = load_sequences(tokenizer, model_key, 512, "--data", "ne/train.jsonl")
 
-Documents are concatenated, each ended by the end-of-text token, and cut (Section 4.3, Table 8).
+Documents are concatenated, each ended by the end-of-text token (ours), and cut into sequences of
+equal length (Table 8).
 `datasets` caches each step under a key of text, tokenizer and this file, and memory-maps it.
 """
 
@@ -54,7 +55,7 @@ def read_documents(flag, path, tokenizer):
             needed += ", nor `messages` that the chat template accepts"
         fail(f"{flag} {path}: row {number} has {needed} ({error!r}). Correct it or leave it out")
     except (OSError, EOFError, zlib.error, ArrowException) as error:
-        fail(f"{flag} {path}: row {number} cannot be read, the file is damaged ({error})")
+        fail(f"{flag} {path}: row {number} is damaged ({error}). Copy the file again")
     except ValueError as error:
         fail(f"{flag} {path}: row {number} is not JSON, or not UTF-8 ({error}). Correct it")
 
@@ -97,7 +98,7 @@ def load_documents(flag, data, tokenizer, key):
 
 
 def tokenize(batch, tokenizer, end_id):
-    """Tokenize documents, each ended by the end-of-text token. Count tokens and so on."""
+    """Tokenize documents, each ended by the end-of-text token. Count tokens, words and bytes."""
     ids = []
     for text, templated in zip(batch["text"], batch["templated"], strict=True):
         # Raw text is data: a control token quoted in it is spelled out. A template adds its BOS.
@@ -148,7 +149,8 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     ).with_format("numpy")
     counts = {name: int(tokens[name][:].sum()) for name in numbers}
     if counts["tokens"] < seq_len:
-        fail(f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}")
+        what = f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}"
+        fail(f"{what}. Give more text, or lower --seq-len")
     print(
         f"{flag} {data}: {len(tokens):,} documents, {counts['bytes']:,} bytes, "
         f"{counts['tokens']:,} tokens: {counts['tokens'] / counts['bytes']:.3f} per byte, "

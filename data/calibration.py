@@ -2,8 +2,8 @@
 
     tokens = calibration_tokens("tulu", tokenizer, 500, 2048, seed=42)
 
-A document is a chat or raw text. Chats are written in the model's chat template. Documents are
-shuffled, concatenated and cut into sequences without padding (Section 4.3 and Table 5).
+A document is a chat or raw text (sources and sizes: Section 4.3 and Table 5). Chats are written in
+the model's chat template. Documents are shuffled, concatenated and cut without padding (ours).
 """
 
 import random

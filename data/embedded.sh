@@ -9,7 +9,7 @@ MODEL=${MODEL%/} DATA_DIR=${DATA_DIR%/}
 : "${RUNS:=runs}"
 : "${CALIBRATION:=$DATA_DIR/en/calibration.jsonl}" "${NUM_SAMPLES:=32}" "${STEPS:=32}"
 : "${TASKS:=bpb,mcq,mt,chat}" "${PRECISION:=$precision}" "${LR:=5e-4}"
-about="$STEPS steps at rate $LR, 5 to 30 minutes a method with the default model on two cores"
+about="$STEPS steps at rate $LR, 2 to 30 minutes a method with the default model on two cores"
 en=$DATA_DIR/en target=$DATA_DIR/$lang
 batch=(--batch-size 8 --micro-batch-size 8 --seq-len 128)
 accumulated=2  # sequences of each of the four micro-batches of gmt (Table 8)

@@ -20,12 +20,14 @@ def find_model(name, out=None):
     """Return the local directory of a checkpoint, and sha256 of its files. Refuse `out` in it."""
     kinds = [".safetensors", ".json", ".jinja", ".model", ".txt"]
     folder = Path(name).expanduser()
+    models.check_path(folder, fail)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in kinds]
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
         except models.BAD_MODEL as error:
-            fail(f"model {name} is not a directory, and the hub did not give it: {error}")
+            what = f"model {name} is no directory, and the hub does not give it"
+            fail(f"{what}. Correct its name ({error})")
     if out and out.parent.resolve() == folder.resolve():
         fail(f"--out {out}: lies among the files of the model. Choose another directory")
     return folder, sha256_of([path for path in folder.iterdir() if path.suffix in kinds])
@@ -145,7 +147,7 @@ def last_turn(tokenizer, messages):
         return prompt, whole[len(prompt) :].rstrip()
     at = whole.rfind(messages[-1]["content"].strip())  # an empty think block is only in the prompt
     if at < 0 or "</think>" not in prompt:
-        fail("the model's chat template rewrites earlier turns, so bpb cannot score an answer")
+        fail("bpb: the chat template rewrites earlier turns. Give texts and not chats")
     return prompt, whole[at:].rstrip()
 
 

@@ -1,6 +1,6 @@
 """Which models the stages take: what config.json, the tokenizer and the weight files must be.
 
-All stages ask here, so that a model which one refuses is refused by the others, for one reason.
+All stages ask here first. score.py also needs matrices that are nn.Linear.
 """
 
 import datetime
@@ -42,11 +42,19 @@ def context_of(config):
     return NO_LIMIT
 
 
+def check_path(name, fail):
+    """Fail if there is no file or directory of this name, and it can be no hub id."""
+    is_path = str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    if is_path and not Path(name).exists():
+        fail(f"model {name}: no such directory. Give a model directory or a hub id")
+
+
 def load_config(name, fail):
     """Return the config of a text-only decoder that has attention and unquantized weights.
 
     name: directory or hub id. fail(message) is called for any other model, and must not return.
     """
+    check_path(name, fail)
     folder = Path(name)
     if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
         fail(f"model {name} is no directory with a config.json. Give one: of a run, OUT/model")

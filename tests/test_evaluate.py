@@ -724,11 +724,11 @@ def test_seeds_and_greedy(llama, data, whole, tmp_path):
         ("--num-samples", 0, "--num-samples 0: must be at least 1"),
         ("--num-questions", 0, "--num-questions 0: must be at least 1"),
         ("--seed", 10**15, "--seed 1000000000000000: must be from 0 to"),
-        ("--model", "no/such/model", "model no/such/model is not a directory"),
-        ("--model", "no", "model no is not a directory"),
+        ("--model", "no/such/model", "model no/such/model: no such directory"),
+        ("--model", "no", "model no is no directory"),
         ("--out", "/dev/null/x/eval.json", "/dev/null"),
         ("--out", "ssu-0.5", "--out: ssu-0.5 does not end in .json"),
-        ("--data-dir", "nowhere", "nowhere/en/heldout.jsonl No such file"),
+        ("--data-dir", "nowhere", "No such file or directory: 'nowhere/en/heldout.jsonl'"),
     ],
 )
 def test_bad_arguments(llama, data, tmp_path, refused, name, value, message):

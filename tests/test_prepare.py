@@ -102,7 +102,7 @@ def test_layout_and_provenance(out):
         assert entry["sources"]
         if name.endswith(".jsonl"):
             assert entry["rows"] == data.count(b"\n") > 0
-    assert "dequantised" in listing["files"]["model/model.safetensors"]["sources"][0]
+    assert "dequantized" in listing["files"]["model/model.safetensors"]["sources"][0]
     assert str(out) not in json.dumps(listing)
 
 

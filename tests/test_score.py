@@ -419,8 +419,8 @@ def test_other_bad_input(olmo2, llama, qwen2, chats, tmp_path, refused):
     assert "differ in their parameters" in refused(score.main, *delta, llama)
     assert "scores are all 0" in refused(score.main, *delta, olmo2)
     sparsegpt = ["--out", out, "--data", chats, "--method", "sparsegpt"]
-    assert "scores all rows alike" in refused(score.main, "--model", qwen2, *sparsegpt)
-    assert "scores all rows alike" in refused(
+    assert "ranks neither rows nor biases" in refused(score.main, "--model", qwen2, *sparsegpt)
+    assert "ranks neither rows nor biases" in refused(
         score.main, *sparsegpt, "--model", olmo2, "--axis", "row"
     )
     assert "model's 512 positions" in refused(score.main, *calibrated)

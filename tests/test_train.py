@@ -364,7 +364,7 @@ def test_methods_that_exclude_each_other_are_refused(
     for extra, message in (
         (["--adalora", "--save-every", "5"], "takes no --save-every"),
         (["--gmt-ratio", "1"], "below 1"),
-        (["--adalora", "--precision", "fp16"], "fp16 or bf16-true"),
+        (["--adalora", "--precision", "fp16"], "fp16, bf16-true"),
         (["--adalora", "--resume"], "takes no --save-every"),
         (["--gmt-ratio", "nan"], "below 1"),
     ):

@@ -151,7 +151,7 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv))
     except OSError as error:
-        fail(f"{error.filename or ''} {error.strerror or error}")
+        fail(f"a file cannot be read or written ({error}). Correct its name, or free space")
     except KeyboardInterrupt:
         print("ae2.py: interrupted. The same command continues", file=sys.stderr)
         raise SystemExit(130) from None

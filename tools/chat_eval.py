@@ -459,7 +459,7 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         fail(f"{error}. Lower --batch-tokens")
     except OSError as error:
-        what = f"{error.filename or ''} {error.strerror or error}"
+        what = f"a file cannot be read or written ({error})"
         fail(f"{what}. Check --data-dir, --out and free space")
     except KeyboardInterrupt:
         print("chat_eval.py: interrupted; the same command continues", file=sys.stderr)

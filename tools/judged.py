@@ -330,7 +330,8 @@ def names_of(task, rows, args):
         return [(0, row["id"]) for row in rows]
     names = []
     for run in range(args.runs):
-        names += [(run, f"{row['question_id']}/{turn}") for turn in TURNS for row in rows]
+        for turn in TURNS:
+            names += [(run, f"{row['question_id']}/{turn}") for row in rows]
     return names
 
 

@@ -198,11 +198,12 @@ def draw_overlap(names, overlaps):
     size = 2.6 + 0.5 * len(names)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
+    shades = []
     for i, row in enumerate(overlaps):
+        shades.append([overlap or 0 for overlap in row])
         for j, overlap in enumerate(row):
             text = "-" if overlap is None else f"{overlap:.2f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=9)
-    shades = [[overlap or 0 for overlap in row] for row in overlaps]
     axes.imshow(shades, vmin=0, vmax=1.5, cmap="Blues")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)

@@ -431,7 +431,7 @@ def main(argv=None):
     try:
         return run(parse_args(argv))
     except OSError as error:
-        fail(f"{error.filename or ''} {error.strerror or error}. Check --model and --data-dir")
+        fail(f"a file cannot be read ({error}). Check --model and --data-dir")
     except KeyboardInterrupt:
         print("plan.py: interrupted", file=sys.stderr)
         return 130

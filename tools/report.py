@@ -79,7 +79,10 @@ def overlap(a, b):
 
 def overlaps_of(masks):
     """Return the square table of overlaps, a list of rows of numbers."""
-    return [[overlap(a, b) for b in masks.values()] for a in masks.values()]
+    rows = []
+    for mask in masks.values():
+        rows.append([overlap(mask, other) for other in masks.values()])
+    return rows
 
 
 def overlap_table(names, overlaps):
@@ -214,7 +217,7 @@ def main(argv=None):
             print("\n\n".join(lines), f"wrote {out}/report.md", sep="\n\n")
             add_to_cards(args.runs, args.methods)
     except OSError as error:
-        fail(f"{error.filename or ''} {error.strerror or error}. Correct the name, or free space")
+        fail(f"a file cannot be read or written ({error}). Correct its name, or free space")
     except KeyboardInterrupt:
         print("report.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -187,7 +187,8 @@ def heads_of_table_2(lang):
         head = COLUMNS[column].replace(" chrF++", "").replace("X", lang)
         if column.startswith(("sum", "mrc", "mmlu")):
             task, arrow = head.split()
-            head = f"{task} {lang if '/target' in column else 'en'} {arrow}"
+            code = lang if "/target" in column else "en"
+            head = f"{task} {code} {arrow}"
         heads[column] = head
     return heads
 

@@ -169,7 +169,10 @@ def in_fp32(model, name, before, columns):
 
 
 def unrounded(now, before):
-    """Return `now` in fp32, but `before` where they differ by rounding alone."""
+    """Return `now` in fp32, but `before` where they differ by rounding alone.
+
+    So a weight of a bf16 model that did not move is saved as in the source.
+    """
     return torch.where(now == before.to(now.dtype), before, now.float())
 
 

@@ -1,5 +1,6 @@
-"""Several GPUs: `torchrun --nproc_per_node=N train.py ...`. A single process needs none of this.
+"""Several GPUs: `torchrun --nproc_per_node=N train.py ...`.
 
+In a single process these functions do nothing, or what their name says.
 PyTorch's fully_shard (FSDP2) splits each parameter by rows over the ranks, with its gradient and
 Adam's moments. The global batch, the order of tokens and the schedule are those of one process.
 score.py and evaluate.py split their batches instead: each rank has the whole model. score.py
@@ -13,6 +14,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from traceback import print_exception
 
@@ -229,7 +231,7 @@ def check_tied(model, name, directory):
     In one process transformers unties them. Here they are tied before the files are read.
     """
     pairs = model.all_tied_weights_keys.items()
-    found = read_tensors({key for pair in pairs for key in pair}, directory)
+    found = read_tensors(set(chain.from_iterable(pairs)), directory)
     for key, other in pairs:
         if key in found and other in found and not torch.equal(found[key], found[other]):
             what = f"{key} and {other} differ, but tie_word_embeddings is true"

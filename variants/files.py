@@ -61,8 +61,6 @@ def peak_memory(device):
 
 def load_skeleton(name):
     """Return (the model without weights, its tokenizer, the directory of its files)."""
-    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
-        fail(f"--model {name}: no such directory. Give a model directory or a hub id")
     model, tokenizer = models.load_skeleton(name, fail)
     directory = Path(cached_file(name, "config.json")).parent
     absent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
@@ -180,7 +178,8 @@ def load_masks(path, model):
     if about.get("tensors_sha256") != digest_of(masks):
         fail(f"--mask {path}: damaged, its digest does not match. Make it again with make_mask.py")
     if about.get("fingerprint") != fingerprint(shapes_of(model)):
-        fail(f"--mask {path}: made for {about.get('model')}, whose parameters differ")
+        other = f"--mask {path} was made for {about.get('model')}, whose parameters differ"
+        fail(f"{other}. Make one for --model")
     if missing := sorted(maskable(model) - masks.keys()):
         fail(f"--mask {path}: no mask for {missing[:3]}. Make it again with make_mask.py")
     params = dict(model.named_parameters())
