@@ -18,6 +18,7 @@ parameter, [d] for a 1-D parameter.
 
 import data.interrupt  # noqa: F401  # isort: skip (Ctrl-C in the imports below)
 import argparse
+import functools
 import json
 import math
 import random
@@ -32,16 +33,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from data import errors
 from data.identity import digest_of, fingerprint, format_of, save_tensors, shapes_of
 from data.models import embeddings_and_head, load_skeleton, stop_clock
 
+fail = functools.partial(errors.fail, "make_mask.py")
+
 METHODS = ("hft", "s2ft-down", "s2ft-down-output", "s2ft-down-embeddings")
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"make_mask.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def parse_args(argv):

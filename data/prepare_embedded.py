@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -39,7 +40,10 @@ import unicodedata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import errors
 from data.rows import LANGUAGES, to_lines, write_atomically
+
+fail = functools.partial(errors.fail, "prepare_embedded.py")
 
 HERE = Path(__file__).resolve().parent
 try:
@@ -106,12 +110,6 @@ SECONDS = {
 ENGLISH, ROOT = Locale("en"), Locale("root")
 # Without pseudo-locales and "unknown region".
 PLACES = sorted(set(ENGLISH.territories) - {"XA", "XB", "ZZ"})
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"prepare_embedded.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def digest(text):

@@ -12,6 +12,7 @@ data/prepare_embedded.py first.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -19,19 +20,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import errors
 from data.rows import LANGUAGES, to_lines, write_atomically
+
+fail = functools.partial(errors.fail, "prepare_ntrex.py")
 
 HERE = Path(__file__).resolve().parent
 CODES = {"ne": "nep", "ky": "kir", "am": "amh", "ha": "hau", "ig": "ibo"}  # in names of files
 TEST_DOCUMENTS, VALIDATION_DOCUMENTS = 20, 5
 SOURCE = "NTREX-128 (github.com/MicrosoftTranslator/NTREX), CC BY-SA 4.0"
 ENGLISH_FILES = ["calibration", "heldout", "prose", "mmlu.test", "mmlu.dev"]
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"prepare_ntrex.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_text(path, hint):

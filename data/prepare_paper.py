@@ -21,6 +21,7 @@ overwritten. tools/plan.py says what a whole run downloads.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -28,8 +29,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import safety
+from data import errors, safety
 from data.rows import LANGUAGES, paper_language_code, to_lines, write_atomically
+
+fail = functools.partial(errors.fail, "prepare_paper.py")
 
 HERE = Path(__file__).resolve().parent
 FLORES = {
@@ -45,12 +48,6 @@ FILES = {
 }
 OPTIONS = ("option_a", "option_b", "option_c", "option_d")
 ANSWERS = ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4")
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"prepare_paper.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def repositories(flores, clone):

@@ -10,6 +10,7 @@ Judgments are kept in chat.ae2-judge beside it, so none is paid for twice.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -17,17 +18,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import errors
 from data.rows import write_atomically
+
+fail = functools.partial(errors.fail, "ae2.py")
 
 JUDGE = "gpt-4.1-nano-2025-04-14"
 DATA, REFERENCE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
 PROMPT = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"  # in the package alpaca_eval
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print("ae2.py: error:", " ".join(str(message).split())[:500], file=sys.stderr)
-    raise SystemExit(2)
 
 
 def judge_config(prompt):

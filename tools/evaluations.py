@@ -1,20 +1,17 @@
 """Read the evaluations of run directories for tools/report.py. Refuse what cannot be compared."""
 
+import functools
 import json
-import sys
 
+from data import errors
 from tools.methods import display_name, in_order
 from tools.tables import look_up
+
+fail = functools.partial(errors.fail, "report.py")
 
 # What no method decides. Others of train.jsonl's settings belong to one, or change only rounding.
 TRAINING = ("steps", "batch_size", "seq_len", "lr", "warmup_ratio", "weight_decay", "max_grad_norm")
 TRAINING += ("seed", "precision", "optimizer", "data")
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"report.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_json(path, form, script):

@@ -13,6 +13,7 @@ tools/memory.py says how memory is counted.
 """
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -21,7 +22,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import errors
 from data.rows import language_code, paper_language_code
+
+fail = functools.partial(errors.fail, "plan.py")
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -63,12 +67,6 @@ def is_calibrated(method):
 def is_asked(prefix, args):
     """Return whether a method of that beginning is asked for."""
     return any(method.startswith(prefix) for method in args.methods)
-
-
-def fail(message):
-    """Print an error that the user can fix, in one line, and exit with code 2."""
-    print(f"plan.py: error: {' '.join(str(message).split())[:500]}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 # --------------------------------------------------------------------------------------------------
