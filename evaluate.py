@@ -205,8 +205,8 @@ def make_items(args, tokenizer):
                 if key_of(item) in items:
                     fail(f"{key_of(item)}: two items have this id. Remove one")
                 items[key_of(item)] = (item, prompt, parts)
-            if len(parts) > 1 and (saved["reference"] not in list("ABCD") or not all(parts)):
-                fail(f"{key_of(item)}: an option is empty, or the answer is not A to D. Repair it")
+            if len(parts) > 1 and not all(parts):
+                fail(f"{key_of(item)}: an option has no token of its own. Repair it")
             length = len(prompt) + max(map(len, parts), default=args.max_new_tokens + 1) - 1
             if length > args.context:
                 what = f"{key_of(item)}: {length} tokens, of {args.context} at most"

@@ -72,6 +72,8 @@ def parse_args(argv):
 
 def read_scores(path):
     """Return ({name: fp32 scores that broadcast onto it}, their metadata, the model's shapes)."""
+    if path.is_dir():
+        fail(f"--scores {path} is a directory. Name the file in it")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

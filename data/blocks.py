@@ -67,7 +67,10 @@ def render(chat, tokenizer):
     for turn in chat:
         turn["content"].encode()  # a template may write a list of parts as Python does
     stop_clock()
-    return tokenizer.apply_chat_template(chat, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    except ValueError as error:
+        raise TemplateError(str(error)) from None
 
 
 def load_documents(flag, data, tokenizer, key):

@@ -92,6 +92,8 @@ def tokenize(document, tokenizer):
         end = [end_of_text(tokenizer, fail)[1]]
         return ids if ids[-1:] == end else ids + end
 
+    if tokenizer.chat_template is None:
+        fail("the model has no chat template for `messages`. Give rows with `text`")
     stop_clock()
     try:
         text = tokenizer.apply_chat_template(document, tokenize=False)

@@ -21,6 +21,7 @@ from variants.distributed import RANK
 ROOT = Path(__file__).resolve().parent.parent
 NAME = Path(sys.argv[0]).name
 SCRIPT = NAME if NAME == "chat_eval.py" else "evaluate.py"
+CHOICES = {"answer": list("ABCD"), "correct_answer_num": list("1234")}
 IDS = ("id", "sample_id", "link", "question_number", "correct_answer_num")  # may be numbers
 
 
@@ -74,6 +75,9 @@ def read_rows(args, side, name, columns, optional=False):
                 texts = [row[name] for name in columns]
             if not all(type(text) in (str, int, float) and str(text).strip() for text in texts):
                 raise ValueError("a text is empty")
+            for name in CHOICES.keys() & set(columns):
+                if str(row[name]) not in CHOICES[name]:
+                    raise ValueError(f"{name} is none of {', '.join(CHOICES[name])}")
             if turns and [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
                 raise ValueError("messages do not end with a user's turn and an assistant's")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -162,6 +166,7 @@ def read_items(path, header, key):
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{path} is damaged ({error}). Delete it, or the line, to have that done again")
     print(f"{path} is of other settings, data, model, machine or versions: starting again")
+    path.replace(f"{path}.old")
     return {}
 
 

@@ -15,7 +15,7 @@ def sha256_of(paths):
     digest = hashlib.sha256()
     for path in sorted(paths):
         with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(os.fsencode(path.name) + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -61,6 +61,9 @@ def save_tensors(path, tensors, metadata):
             file.seek(8)
             file.write(text.encode().ljust(size))
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # the library lets nobody else read its files
         os.replace(temporary, path)
     finally:
         if temporary.is_file():

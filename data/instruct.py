@@ -28,9 +28,15 @@ def find_model(name, out=None):
         except models.BAD_MODEL as error:
             what = f"model {name} is no directory, and the hub does not give it"
             fail(f"{what}. Correct its name ({error})")
-    if out and out.parent.resolve() == folder.resolve():
+    check_outside(out, folder)
+    files = [path for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
+    return folder, sha256_of(files)
+
+
+def check_outside(out, folder):
+    """Refuse a file `out` in the folder of a model, whose files say which model it is."""
+    if out and out.parent.resolve() == Path(folder).expanduser().resolve():
         fail(f"--out {out}: lies among the files of the model. Choose another directory")
-    return folder, sha256_of([path for path in folder.iterdir() if path.suffix in kinds])
 
 
 def load_tokenizer(folder):

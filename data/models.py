@@ -165,6 +165,8 @@ def load_weights(name, fail, **options):
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     except BAD_MODEL as error:
         fail(f"model {name} cannot be loaded: {error}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        fail(f"model {name}: adapter_config.json adds an adapter. Merge it and remove the file")
     if info["missing_keys"]:
         fail(f"model {name}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
     return model

@@ -28,7 +28,7 @@ def read_rows(path):
                 continue
             if b"\0" in line:
                 raise ValueError(guess(line))
-            if path.endswith(".txt"):
+            if path.removesuffix(".gz").endswith(".txt"):
                 yield {"text": line.decode("utf-8-sig").strip()}
             else:
                 yield parse(line)
@@ -49,6 +49,8 @@ def parse(line):
 def guess(line):
     """Return what a line that is no row seems to be, and what to do, or an empty string."""
     start = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if line.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):  # gzip, Zstandard
+        return "it is compressed: unpack it, or let the name of a gzip file end in .gz"
     if b"\0" in line:
         return "it is in UTF-16 or UTF-32: convert the file to UTF-8"
     if start[:1] == b"[":

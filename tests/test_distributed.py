@@ -2,6 +2,7 @@
 
 import io
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from conftest import ROOT, forked
 from safetensors.torch import load_file, save_file
 from test_architectures import SCORED, build
 from test_train import arguments, log_of, make_masks, static_mask, weights
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
@@ -86,6 +88,30 @@ def test_weights_that_files_untie_are_refused(llama, tmp_path, capsys):
         else:
             distributed.check_tied(model, "m", tmp_path / "m")
     assert "lm_head.weight and model.embed_tokens.weight differ" in capsys.readouterr().err
+
+
+def test_a_tensor_in_two_files_is_refused(llama, tmp_path, capsys):
+    """transformers reads one of the files, torch.distributed.checkpoint all."""
+    shutil.copytree(llama, tmp_path / "m")
+    distributed.check_files("m", tmp_path / "m")
+    save_file({"model.norm.weight": torch.zeros(2)}, tmp_path / "m/model.fp16.safetensors")
+    with pytest.raises(SystemExit):
+        distributed.check_files("m", tmp_path / "m")
+    assert "both hold model.norm.weight. Remove one" in capsys.readouterr().err
+
+
+def test_a_rank_without_torchrun_is_the_only_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "16")  # of a LoRA, for instance
+    monkeypatch.setenv("LOCAL_RANK", "16")
+    found = runpy.run_path(distributed.__file__)
+    assert (found["WORLD"], found["RANK"], found["LOCAL_RANK"]) == (1, 0, 0)
+
+
+def test_ctrl_c_in_a_checkpoint_stays_one():
+    for error, kind in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError("full"), OSError)):
+        with pytest.raises(kind), distributed.one_error():
+            raise CheckpointException("write", {0: (error, None)})
 
 
 def compare_with_files(folder):

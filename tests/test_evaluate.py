@@ -763,7 +763,7 @@ USER, NOTHING = {"role": "user", "content": "a"}, {"role": "assistant", "content
         ("ne/flores.devtest", PAIR + "\n" + PAIR.replace("b", ""), "line 2 is not"),
         ("ne/flores.devtest", PAIR + "\n" + PAIR, "two items have this id"),
         ("ne/mmlu.test", json.dumps(CHOICE | {"option_c": None}), "line 1 is not"),
-        ("en/mmlu.test", json.dumps(CHOICE | {"answer": "E"}), "the answer is not A to D"),
+        ("en/mmlu.test", json.dumps(CHOICE | {"answer": "E"}), "answer is none of A, B, C, D"),
     ],
 )
 def test_bad_data(llama, data, tmp_path, refused, file, content, message):
@@ -787,7 +787,7 @@ def test_an_option_without_tokens_and_a_foreign_script_are_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(instruct, "split", nothing)
-        assert "an option is empty" in refused(evaluate.main, *argv, "--tasks", "mcq")
+        assert "an option has no token" in refused(evaluate.main, *argv, "--tasks", "mcq")
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(plain(tokenizer, "", TEXT[3])[1][0])
     monkeypatch.setattr(
         instruct, "load_tokenizer", lambda _: (AutoConfig.from_pretrained(llama), tokenizer)

@@ -3,6 +3,7 @@
 And what no stage may be stopped by.
 """
 
+import gzip
 import json
 import os
 import runpy
@@ -14,12 +15,13 @@ import time
 
 import pytest
 from conftest import ROOT, TEMPLATE, TEXT, forked, write_jsonl
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_architectures import evaluate_argv, evaluation, train_argv  # noqa: F401
 from test_train import stop_after_saving
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import evaluate
 import make_mask
@@ -112,6 +114,42 @@ def test_damaged_files_end_every_stage(
     (model / file).write_text(content)
     for main, argv in commands(model, chats, text, evaluation, tmp_path).values():
         assert FILES[file, content] in refused(main, *argv)
+
+
+def test_an_adapter_beside_merged_weights_is_refused(
+    llama,
+    chats,
+    text,
+    evaluation,
+    tmp_path,
+    refused,  # noqa: F811
+):
+    """transformers would add it to them a second time."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=2))
+    model.save_pretrained(shutil.copytree(llama, tmp_path / "model"))
+    found = commands(tmp_path / "model", chats, text, evaluation, tmp_path)
+    for name in ("score", "train", "evaluate"):
+        main, argv = found[name]
+        assert "adapter_config.json adds an adapter" in refused(main, *argv)
+
+
+def test_directories_in_the_place_of_files(olmo2, text, tmp_path, refused):
+    argv = [*train_argv(olmo2, text, tmp_path / "out"), "--mask", tmp_path]
+    assert "is a directory" in refused(train.main, *argv)
+    argv = ["--scores", tmp_path, "--out", tmp_path / "mask"]
+    assert "is a directory" in refused(make_mask.main, *argv)
+
+
+def test_all_may_read_what_all_may_list(olmo2, chats, text, tmp_path):
+    """safetensors lets its owner alone read a file."""
+    before = os.umask(0o022)
+    scores, mask, out = tmp_path / "scores", tmp_path / "mask", tmp_path / "out"
+    score.main(["--model", str(olmo2), "--method", "magnitude", "--out", str(scores)])
+    make_mask.main(["--scores", str(scores), "--out", str(mask)])
+    train.main([str(a) for a in (*train_argv(olmo2, text, out), "--mask", mask)])
+    os.umask(before)
+    for path in (scores, mask, *(out / "model").iterdir()):
+        assert path.stat().st_mode & 0o777 == 0o644, path
 
 
 def test_the_folder_of_a_run_is_not_its_model(olmo2, chats, text, evaluation, tmp_path, refused):  # noqa: F811
@@ -254,6 +292,7 @@ def test_a_template_that_writes_nothing(olmo2, evaluation, tmp_path, refused):  
 
 
 LINES = {
+    gzip.compress(b'{"text": "a"}\n'): "it is compressed",
     '{"text": "a"}\n'.encode("utf-16"): "UTF-16",
     b'{\n "text": "a"\n}\n': "an object of several lines",
     b'[{"text": "a"},\n{"text": "b"}]\n': "a JSON array",
@@ -264,7 +303,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("content", some_fast(LINES, 3))
+@pytest.mark.parametrize("content", some_fast(LINES, 4))
 def test_other_formats_are_named_by_every_reader(
     content,
     olmo2,

@@ -91,6 +91,23 @@ def test_a_local_copy_in_another_format_has_the_name_of_its_model(tmp_path):
     assert card.data.base_model == "org/chat"
 
 
+@pytest.mark.parametrize(
+    "line", ["language: [[en, ne]]", "language: 5", "base_model: {a: b}", 'license: "\\ud83d"']
+)
+def test_what_is_no_metadata_is_left_out(line, tmp_path):
+    head = f"base_model_relation: quantized\n{line}"
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    args = arguments(tmp_path, model=tmp_path)
+    card = ModelCard(model_card.make(args, tmp_path, None, SUMMARY))
+    assert card.data.language == ["en", "ig"] and card.data.base_model is None
+    assert "license" not in card.data.to_dict()
+
+
+def test_a_mask_that_was_deleted_during_training(tmp_path):
+    name = model_card.describe_method(arguments(tmp_path, mask=tmp_path / "deleted"))
+    assert name == "a mask, ratio unknown"
+
+
 def test_the_language_is_that_of_the_folder_also_of_a_link(tmp_path):
     (tmp_path / "am").mkdir()
     (tmp_path / "ne").mkdir()

@@ -79,6 +79,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones(lang):
         ("LANGUAGE_ID", "nonsense"),
         ("NPROC", "many"),
         ("NPROC", "3"),
+        ("FLASH_ATTN", "yes"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_deleted(

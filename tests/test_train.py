@@ -783,6 +783,12 @@ def test_resume_under_other_settings_is_refused(
     train.main([*base, "--resume"])
     assert "finished model" in refused(train.main, *base)
 
+    # Killed half-way through the removal of its last checkpoint
+    (checkpointed / "checkpoint/step-10").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*base, "--resume"])
+    assert ended.value.code == 0 and not (checkpointed / "checkpoint").exists()
+
 
 def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, refused):
     base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
@@ -997,6 +1003,17 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
         (tmp_path / f"checkpoint/step-{step}/checkpoint.json").write_text("{}")
     (tmp_path / "checkpoint/step-11").mkdir()  # of a kill: not complete
     assert files.newest_checkpoint(tmp_path).name == "step-10"
+
+
+def test_a_copy_of_a_checkpoint_is_not_one(tmp_path):
+    for name in ("step-2", "step-2.tmp", "step-9", "step-9-copy", "step-12.bak1"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+        (tmp_path / "checkpoint" / name / "checkpoint.json").write_text("{}")
+    newest = files.newest_checkpoint(tmp_path)
+    assert newest.name == "step-9"
+    files.remove_checkpoints(tmp_path, keep=newest)
+    left = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert left == {"step-9", "step-9-copy", "step-12.bak1"}
 
 
 def test_model_and_out_that_do_not_exist(olmo2, text, tmp_path, refused):

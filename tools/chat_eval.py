@@ -453,6 +453,7 @@ def free_models():
 
 def main(argv=None):
     args = parse_args(argv)
+    instruct.check_outside(args.out, args.model)  # a lock would change which model it is
     try:
         with locked(args.out):
             run(args)

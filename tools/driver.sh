@@ -71,6 +71,7 @@ choose_nproc() {  # set NPROC, if it is not: as many GPUs as share the smallest 
 }
 
 read_lists() {  # split METHODS, RATIOS and TASKS into words, and see what follows from the values
+    [[ ${FLASH_ATTN:-0} = [01] ]] || fail "FLASH_ATTN=$FLASH_ATTN: choose 0 or 1"
     read -rd '' -a methods <<< "${METHODS-fft ssu-wanda}" || :  # of several lines, too
     choose_nproc
     read -rd '' -a ratios <<< "${RATIOS:-0.5}" || :

@@ -145,7 +145,10 @@ def add_to_cards(folders, chosen):
                 numbers.append((column, COLUMNS[column][:-2], values[method, column][0], size))
             lang = found["settings"]["lang"]
             table = "\n\n".join(tables({"source": [source], method: [found]}))
-            old = path.read_text(encoding="utf-8")
+            try:
+                old = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # its owner has edited it
+                old = ""
             new = model_card.with_results(old, lang, table, numbers)
             if new is None:
                 print(f"{path} is not of train.py, and stays as it is")

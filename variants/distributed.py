@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,9 +38,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # on this machine
 SCRIPT = Path(sys.argv[0]).name if WORLD > 1 else "train.py"  # one process may be pytest
 STDERR = sys.stderr
 FULL = 0.8  # the share of a memory that weights may fill
@@ -90,7 +90,10 @@ def join(device, timeout):
             fail(f"{torch.cuda.device_count()} GPUs are fewer than the processes. Start as many")
         torch.cuda.set_device(LOCAL_RANK)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    except ValueError as error:
+        fail(f"WORLD_SIZE is {WORLD}, but not by torchrun ({error}). Unset it, or use torchrun")
 
 
 def quiet():
@@ -139,7 +142,10 @@ def one_error():
     try:
         yield
     except CheckpointException as error:
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, KeyboardInterrupt):
+            raise first from None
+        raise OSError(str(first)) from None
 
 
 def add_up(tensor):
@@ -218,11 +224,23 @@ def read_source(model, name, directory, dtype=torch.float32):
         if not Path(name).is_dir():
             with rank_zero_first():  # directory: that of a commit
                 snapshot_download(name, revision=directory.name, allow_patterns="*.safetensors")
+        check_files(name, directory)
         with one_error():
             dcp.load(source, storage_reader=HuggingFaceStorageReader(str(directory)))
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
         fail(f"--model {name}: cannot be read by several ranks ({error}). Start without torchrun")
     return source
+
+
+def check_files(name, directory):
+    """Exit with an error if two files hold the same tensor, of which transformers reads one."""
+    holder = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                other = holder.setdefault(key, path.name)
+                if other != path.name:
+                    fail(f"--model {name}: {other} and {path.name} both hold {key}. Remove one")
 
 
 def check_tied(model, name, directory):
@@ -324,6 +342,8 @@ def from_rank_zero(value):
 
 def check_alike(values):
     """Exit with an error if this rank's {what: value} are not those of rank 0."""
+    if WORLD == 1:
+        return
     for what, value in from_rank_zero(values).items():
         if values.get(what) != value:
             fail(f"{what} is {values.get(what)}, but {value} on rank 0. Give all the same")

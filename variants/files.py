@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -156,6 +157,7 @@ def save_model(model, source, dtype, directory, out):
         if kept(file) and not weights:
             shutil.copyfile(file, out / file.name)
     for file in out.iterdir():
+        shutil.copymode(out / "config.json", file)  # safetensors lets nobody else read its files
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
@@ -167,6 +169,8 @@ def maskable(model):
 
 def load_masks(path, model):
     """Return {parameter name: uint8 mask}. Exit with an error if they do not fit this model."""
+    if path.is_dir():
+        fail(f"--mask {path}: is a directory. Name the file in it")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -250,8 +254,8 @@ def check_out(out, resume):
 
     For all ranks. What rank 0 sees counts.
     """
-    final, checkpoint, foreign = from_rank_zero(contents_of(out) if RANK == 0 else None)
-    if final and checkpoint and resume:  # killed while it removed the checkpoint
+    final, folder, checkpoint, foreign = from_rank_zero(contents_of(out) if RANK == 0 else None)
+    if final and folder and resume:  # killed while it removed the checkpoint
         if RANK == 0:
             remove_checkpoints(out)
         print(f"finished before: {out}/model")
@@ -267,11 +271,12 @@ def check_out(out, resume):
 
 
 def contents_of(out):
-    """Return (has OUT a finished model, its newest checkpoint, is a log or model in it foreign)."""
+    """Return what OUT has: (a model, a folder of checkpoints, the newest one, a foreign file)."""
     log, foreign = out / "train.jsonl", (out / "model.tmp").exists()
     if log.exists():
         foreign = not log.open(errors="replace").readline().startswith('{"settings"')
-    return (out / "model").exists(), newest_checkpoint(out), foreign
+    final, folder = ((out / name).exists() for name in ("model", "checkpoint"))
+    return final, folder, newest_checkpoint(out), foreign
 
 
 def finish(out):
@@ -421,15 +426,18 @@ def tensor_digests(folder):
 
 def newest_checkpoint(out):
     """Return the newest complete checkpoint, or None."""
-    found = [path.parent for path in out.glob("checkpoint/step-*[0-9]/checkpoint.json")]
+    found = []
+    for path in out.glob("checkpoint/*/checkpoint.json"):
+        if re.fullmatch(r"step-\d+", path.parent.name):
+            found.append(path.parent)
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def remove_checkpoints(out, keep=None):
-    """Remove all checkpoints but one, and the folder if nothing else is in it."""
+    """Remove all checkpoints but one, and the folder if nothing else is in it, such as a copy."""
     folder = out / "checkpoint"
     for path in folder.glob("step-*"):
-        if path != keep:
+        if path != keep and re.fullmatch(r"step-\d+(\.tmp)?", path.name):
             shutil.rmtree(path)
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml  # comes with huggingface_hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from data.blocks import MADLAD, MADLAD_REVISION
 from data.rows import LANGUAGES, write_atomically
@@ -86,7 +86,12 @@ def source_card(name, directory, commit):
     except (OSError, ValueError, TypeError, HTTPError, yaml.YAMLError) as error:
         print(f"the model card names no license, because {name} has no readable card: {error}")
         return hub_id, {}
-    return hub_id, card.data.to_dict()
+    found = {}
+    for key, value in card.data.to_dict().items():
+        texts = value if isinstance(value, list) else [value]
+        if all(isinstance(text, str) and text.isprintable() for text in texts):
+            found[key] = value  # its owner may have written anything
+    return hub_id, found
 
 
 def describe_method(args):
@@ -97,8 +102,11 @@ def describe_method(args):
         return f"GMT, which drops {args.gmt_ratio:.1%} of each gradient"
     if args.mask is None:
         return "full fine-tuning"
-    with safe_open(args.mask, "pt") as file:
-        about = file.metadata()
+    try:
+        with safe_open(args.mask, "pt") as file:
+            about = file.metadata()
+    except (OSError, SafetensorError):  # it was deleted since it was read
+        about = {}
     name = METHODS.get(about.get("method"), about.get("method", "a mask"))
     if about.get("axis") in ("row", "element"):
         name += f" by {about['axis']}s"
