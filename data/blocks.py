@@ -10,9 +10,11 @@ equal length (Table 8).
 import hashlib
 import os
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import multiprocess  # of datasets
 import numpy as np
 import transformers
 from datasets import Dataset, Features, List, Value, load_dataset
@@ -117,6 +119,18 @@ def tokenize(batch, tokenizer, end_id):
     }
 
 
+@contextmanager
+def ended_processes():
+    """Let Ctrl-C, or the end of a process that tokenizes, be what it is: datasets waits for it."""
+    try:
+        yield
+    except (RuntimeError, multiprocess.TimeoutError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        what = str(error) or "one of its processes was killed"
+        fail(f"tokenizing failed: {what}. Check the memory, and start again")
+
+
 def cut(batch, seq_len):
     """Concatenate a batch of documents and cut it into sequences. What is left over is dropped."""
     tokens = np.concatenate(batch["input_ids"])
@@ -140,16 +154,17 @@ def load_sequences(tokenizer, model_key, seq_len, flag, data):
     documents = load_documents(flag, data, tokenizer, cache)
     ids = {"input_ids": List(Value("int32"))}
     numbers = dict.fromkeys(("tokens", "unknown", "bytes", "words"), Value("int64"))
-    tokens = documents.map(
-        tokenize,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "end_id": end_id},
-        remove_columns=documents.column_names,
-        num_proc=min(len(os.sched_getaffinity(0)), 1 + len(documents) // 10_000),
-        features=Features(ids | numbers),
-        new_fingerprint=f"{cache}-counted",
-        desc=f"tokenize {flag}",
-    ).with_format("numpy")
+    with ended_processes():
+        tokens = documents.map(
+            tokenize,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "end_id": end_id},
+            remove_columns=documents.column_names,
+            num_proc=min(len(os.sched_getaffinity(0)), 1 + len(documents) // 10_000),
+            features=Features(ids | numbers),
+            new_fingerprint=f"{cache}-counted",
+            desc=f"tokenize {flag}",
+        ).with_format("numpy")
     counts = {name: int(tokens[name][:].sum()) for name in numbers}
     if counts["tokens"] < seq_len:
         what = f"{flag} {data}: {counts['tokens']} tokens do not fill one sequence of {seq_len}"
