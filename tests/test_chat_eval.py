@@ -74,6 +74,14 @@ def test_code_mixed_answers_are_counted_and_written_for_the_judge(
         assert message in refused(chat_eval.main, *argv)
 
 
+def test_out_among_the_files_of_the_model_is_refused(llama, tmp_path, refused):
+    """Without a trace: a lock there would change which model it is."""
+    before = sorted(llama.iterdir())
+    argv = command(llama, tmp_path, llama / "chat.json", "--tasks", "chat")
+    assert "among the files of the model" in refused(chat_eval.main, *argv)
+    assert sorted(llama.iterdir()) == before
+
+
 def test_chat_scores():
     chat = {"messages": [{"content": "the cat sat on the mat"}, {"content": "and the dog ran"}]}
     target = [{"text": "बिरालो चटाईमा बस्यो"}, {"text": "kuka da kare"}]

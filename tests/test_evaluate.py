@@ -687,6 +687,8 @@ def test_only_the_same_run_is_resumed(llama, data, tmp_path, monkeypatch, capsys
     assert "starting again" in capsys.readouterr().out
     run_first = out.with_name("eval.items.jsonl").read_text().split("\n")[0]
     assert json.loads(run_first)["settings"]["seed"] == 1
+    kept = out.with_name("eval.items.jsonl.old").read_text().split("\n")
+    assert json.loads(kept[0])["settings"]["seed"] == 42 and len(kept) > 3
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
     with pytest.raises(TypeError):
         run(llama, data, out, "--tasks", "mcq", "--seed", 1)
