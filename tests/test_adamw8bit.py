@@ -4,6 +4,9 @@ The slow tests need torchao, which tests/slow-requirements.txt installs.
 """
 
 import os
+import shutil
+import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,11 +50,34 @@ def test_several_ranks_are_refused_by_name(olmo2, text, tmp_path, refused, monke
     assert "--optimizer adamw8bit runs in one process" in message
 
 
+@pytest.mark.parametrize("present", [[], ["Python.h"], ["gcc"]], ids=" ".join)
+def test_what_triton_needs_on_a_gpu_is_asked_for(present, tmp_path, monkeypatch):
+    """A compiler, and the header of Python."""
+    for name in present:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    asked = SimpleNamespace(optimizer="adamw8bit", precision="bf16-true", device="cuda")
+    said = []
+    adamw8bit.check(asked, said.append)
+    assert "--optimizer adamw8bit needs gcc and python3-dev on a GPU. Install both" in said
+    for name in ("gcc", "Python.h"):
+        (tmp_path / name).touch()
+        present.append(name)
+    said.clear()
+    adamw8bit.check(asked, said.append)
+    assert not any("gcc" in line for line in said)
+
+
 def test_the_state_takes_two_bytes_a_weight():
-    large, small = torch.zeros(64, 1024).bfloat16(), torch.zeros(4095).bfloat16()
+    large = torch.zeros(64, 1024).bfloat16()
     nbytes = sum(t.nbytes for t in adamw8bit.new_state(large).values()) - 4  # the step
     assert nbytes == large.numel() * 2 + 2 * 4 * large.numel() // 256
-    assert adamw8bit.new_state(small)["exp_avg_sq"].dtype == torch.float32
+    for size in (2048, 4095, 4097, 4096 + 128):  # too small, or not whole blocks
+        assert (
+            adamw8bit.new_state(torch.zeros(size).bfloat16())["exp_avg_sq"].dtype == torch.float32
+        )
+    assert "exp_avg_codes" in adamw8bit.new_state(torch.zeros(4096).bfloat16())
 
 
 def made(weight, mask=None, stochastic=False, lr=0.01, decay=0.1):
@@ -170,6 +196,18 @@ def test_frozen_weights_stay_and_a_resumed_run_is_the_same(
             assert (weight != after[name])[~keep].float().mean() > 0.4, name
     lines = log_of(tmp_path / "whole")
     assert [line for line in lines if line.get("step") == 20][0]["loss"] < 0.8 * lines[2]["loss"]
+
+
+@pytest.mark.slow
+def test_what_is_not_listed_does_not_decay():
+    """Norms and biases."""
+    weight = torch.nn.Parameter(torch.randn(64, 128).bfloat16())
+    before = weight.detach().clone()
+    options = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=2.0)
+    optimizer = adamw8bit.AdamW8bit([weight], [], [], stochastic=False, **options)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.slow

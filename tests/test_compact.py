@@ -309,6 +309,24 @@ def test_compact_trains_whole_matrices_beside_frozen_ones(olmo2, chats, text, tm
     assert distance(compact, masked, olmo2) < 1e-12
 
 
+def test_compact_training_holds_the_bytes_of_the_table(olmo2, chats, tmp_path):
+    """By docs/PERFORMANCE.md: a matrix that is frozen as a whole has 2 bytes a weight in bf16, one
+    that is trained as a whole has no copy.
+    """
+    for method in ("hft", "wanda"):
+        mask = static_mask(method, olmo2, chats, tmp_path / method)
+        model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+        masks = files.load_masks(mask, model)
+        compact.make_compact(model, masks, "bf16")
+        expected = 0
+        for name, weight in load_file(olmo2 / "model.safetensors").items():
+            share = masks.get(name, torch.ones(1)).float().mean().item()
+            if "proj" not in name:
+                share = 1  # masked, not compact
+            expected += weight.numel() * (4 if share == 1 else 2 + 4 * share)
+        assert sum(p.nbytes for p in model.parameters()) == expected
+
+
 @pytest.mark.parametrize(
     "precision",
     ["bf16", *[pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16-true")]],
@@ -352,11 +370,15 @@ def test_fused_adam_is_adamw_in_fp32_rounded_once():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(16, 8).bfloat16())
     mask = (torch.arange(8) % 2).view(1, 8).to(torch.uint8)
+    norm = torch.nn.Parameter(torch.randn(8))  # does not decay
+    still = norm.detach().clone()
     options = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    optimizer = FusedAdam([weight], decayed={weight: mask}, **options)
+    optimizer = FusedAdam([weight, norm], decayed={weight: mask}, **options)
     m = v = torch.zeros(16, 8, dtype=torch.float64)
     for step in range(1, 11):
         weight.grad = torch.randn(16, 8).bfloat16().mul_(mask)
+        weight.grad[:, 3] *= 1e-7  # of which eps is a part
+        norm.grad = torch.zeros_like(norm)
         before, g = weight.detach().double(), weight.grad.double()
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         expected = before * (1 - 0.001 * mask) - 0.01 * (m / (1 - 0.9**step)) / (
@@ -365,6 +387,7 @@ def test_fused_adam_is_adamw_in_fp32_rounded_once():
         optimizer.step()
         assert (weight.double() == expected.bfloat16().double()).float().mean() > 0.98
         assert torch.equal(weight.double()[:, ::2], before[:, ::2])
+        assert torch.equal(norm, still)
     assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
-from variants import distributed, files
+from variants import compact, distributed, files
 
 RUN = ["--steps", "8", "--weight-decay", "0.1", "--micro-batch-size", "1"]
 
@@ -129,6 +129,49 @@ def compare_with_files(folder):
         assert torch.equal(distributed.full(found[name]), tensor), name
 
 
+def compare_compact(folder, mask):
+    """Fill a compact model without weights, in a group of one rank, and compare all its tensors."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sharded = distributed.empty_model(whole.config, dtype=torch.float32)
+    masks = files.load_masks(Path(mask), whole)
+    for model in (whole, sharded):
+        compact.make_compact(model, masks, "bf16")
+    distributed.shard(sharded, "bf16")
+    source = distributed.fill(sharded, "cpu", folder, Path(folder))
+    for module in sharded.modules():
+        if isinstance(module, compact.CompactLinear):
+            module.index.zero_()
+    compact.fill_columns(sharded, masks, source)
+    found = dict(sharded.named_buffers()) | dict(sharded.named_parameters())
+    expected = dict(whole.named_buffers()) | dict(whole.named_parameters())
+    assert found.keys() == expected.keys() and any(name.endswith(".index") for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(distributed.full(found[name]), tensor), name
+
+
+def test_a_compact_model_of_several_ranks_trains_the_columns_of_the_mask(olmo2, chats, tmp_path):
+    mask = make_masks(olmo2, chats, tmp_path)
+    pid = forked(lambda argv: compare_compact(*argv), [olmo2, mask])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_model_is_too_large_for_a_ranks_part_of_the_memory(olmo2, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    size = 2 * sum(p.numel() for p in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(distributed, "FULL", 3 * size / memory)  # of the memory of one process
+    for world, dtype, too_large in (
+        (1, torch.bfloat16, False),
+        (2, torch.bfloat16, False),
+        (4, torch.bfloat16, True),
+        (2, torch.float32, True),
+    ):
+        monkeypatch.setattr(distributed, "WORLD", world)
+        assert distributed.is_too_large(model, dtype, "cpu") == too_large
+
+
 @pytest.mark.parametrize("kind", ["apertus", "diffllama"])
 def test_a_sharded_model_is_that_of_the_files(kind, tmp_path):
     """With buffers that the files hold (Apertus), and norms without weights (DiffLlama)."""
@@ -140,6 +183,45 @@ def test_a_sharded_model_is_that_of_the_files(kind, tmp_path):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     pid = forked(lambda argv: compare_with_files(*argv), [model])  # a group ends with its process
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "error,message",
+    [
+        (torch.distributed.DistBackendError("timed out"), "another rank has ended, or was silent"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            "another rank",
+        ),
+        (RuntimeError("of ours"), "Traceback"),
+    ],
+)
+def test_that_another_rank_is_gone_is_one_line(error, message, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "STDERR", sys.stderr)
+    distributed.show(type(error), error, None)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(error) in said
+    assert message == "Traceback" or f"train.py: error: {message}" in said
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--batch-size", "3"], "--batch-size 3: not a multiple of the 2 ranks"),
+        (["--precision", "fp16"], "--precision fp16 run in one process"),
+        (["--adalora"], "--adalora and"),
+        (["--timeout", "0"], "--timeout 0.0: not a number of minutes"),
+        (["--timeout", "nan"], "--timeout nan: not a number of minutes"),
+        (["--timeout", "1e6"], "--timeout 1000000.0: not a number of minutes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_several_ranks_cannot_do_is_refused_by_the_first(
+    more, message, olmo2, text, tmp_path, refused, monkeypatch
+):
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    line = refused(train.main, *arguments(olmo2, text, tmp_path / "out", *more))
+    assert message in line and not (tmp_path / "out").exists()
 
 
 @pytest.fixture()
@@ -301,6 +383,82 @@ def test_what_several_ranks_cannot_do_is_refused(olmo2, text, tmp_path, quick):
 
 
 # ---- What one rank alone meets -------------------------------------------------------------------
+
+GRADIENTS = """
+import contextlib, sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import train
+from variants import distributed
+
+folder, precision = Path(sys.argv[2]), sys.argv[3]
+distributed.join("cpu", 1)
+dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+shared = distributed.empty_model(AutoConfig.from_pretrained(folder), dtype=dtype)
+distributed.shard(shared, precision)
+distributed.fill(shared, "cpu", folder, folder)
+tokens = torch.randint(3, 400, (1, 64), generator=torch.Generator().manual_seed(distributed.RANK))
+for model in (whole, shared):
+    with torch.autocast("cpu", torch.bfloat16, precision == "bf16", cache_enabled=False):
+        loss = train.next_token_loss(model, tokens)
+    loss.backward()
+same = total = 0
+for name, p in shared.named_parameters():
+    if "proj" in name:
+        mean = distributed.add_up(whole.get_parameter(name).grad.double()) / distributed.WORLD
+        found = distributed.full(p.grad)
+        same += (found == mean.to(found.dtype)).sum().item()
+        total += found.numel()
+print(same / total)
+"""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+def test_gradients_of_bf16_are_added_up_over_ranks_in_fp32(precision, olmo2, tmp_path, quick):
+    """Each rank's are those of a whole model on its text. Their mean is rounded once."""
+    script = tmp_path / "train.py"
+    script.write_text(GRADIENTS)
+    (out, _), *_ = map(finished, start_ranks(quick, 4, ROOT, olmo2, precision, script=script))
+    assert float(out.splitlines()[-1]) > 0.99
+
+
+TURNS = """
+import os, sys, time
+from pathlib import Path
+
+rank = int(os.environ["RANK"])
+os.environ["LOCAL_RANK"] = str(rank % 2)  # two ranks on each of two machines
+sys.path.insert(0, sys.argv[1])
+from variants import distributed
+
+distributed.join("cpu", 1)
+log = Path(sys.argv[2])
+with distributed.rank_zero_first():
+    began = time.monotonic()
+    time.sleep(0.2)
+    with open(log, "a") as file:
+        file.write(f"{rank} {began} {time.monotonic()}\\n")
+"""
+
+
+def test_what_ranks_share_is_made_by_the_first_of_each_machine(tmp_path, quick):
+    script, log = tmp_path / "train.py", tmp_path / "log"
+    script.write_text(TURNS)
+    for process in start_ranks(quick, 4, ROOT, log, script=script):
+        finished(process)
+    times = {
+        int(rank): (float(began), float(ended)) for rank, began, ended in map(str.split, log.open())
+    }
+    assert times.keys() == set(range(4))
+    for first, then in ((0, 2), (2, 1), (2, 3)):
+        assert times[first][1] <= times[then][0]
+
 
 OTHER_MACHINE = """
 import os, sys

@@ -79,6 +79,29 @@ def test_scores_are_the_file_of_one_process(ranks, kind, more, chats, tmp_path, 
     assert "scores of" in texts[0][0] and not any(out + err for out, err in texts[1:])
 
 
+OTHER_TEXT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import score
+
+score.main(sys.argv[3:] + (["--data", sys.argv[2]] if os.environ["RANK"] == "1" else []))
+"""
+
+
+def test_a_rank_with_another_text_says_so(olmo2, chats, tmp_path, python):
+    """Not only another name: the tokens are compared."""
+    for name, cut in (("a", 0), ("b", 9)):
+        (tmp_path / name).mkdir()
+        lines = chats.read_text(encoding="utf-8").splitlines(True)
+        (tmp_path / name / "chats.jsonl").write_text("".join(lines[cut:]))
+    script = tmp_path / "score.py"
+    script.write_text(OTHER_TEXT)
+    argv = [*scoring(olmo2, tmp_path / "a/chats.jsonl", tmp_path / "s"), "--timeout", "0.1"]
+    ranks = start_ranks(python, 2, ROOT, tmp_path / "b/chats.jsonl", *argv, script=script)
+    texts = [process.communicate(timeout=60) for process in ranks]
+    assert "score.py: error: rank 1: data is " in texts[1][1] and not (tmp_path / "s").exists()
+
+
 SHARED = """
 import sys
 sys.path.insert(0, sys.argv[1])

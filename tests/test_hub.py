@@ -10,7 +10,8 @@ from conftest import TEXT, forked
 from hub import COMMIT, HUB, REQUESTS
 from paper_hub import put_madlad, put_parquet, put_tulu, served  # noqa: F401
 from safetensors.torch import load_file
-from test_train import arguments, stop_after_saving
+from test_distributed import distance, finished, quick, start_ranks  # noqa: F401
+from test_train import arguments, stop_after_saving, weights
 from transformers import AutoTokenizer
 
 import score
@@ -110,3 +111,12 @@ def test_a_model_of_the_hub_is_trained_and_resumed_by_its_commit(served, olmo2, 
     assert saved.read_bytes() == (folder / "generation_config.json").read_bytes()
     card = (tmp_path / "out/model/README.md").read_text()
     assert f"| someone/other, commit {COMMIT} |" in card and "base_model: someone/other" in card
+
+
+def test_ranks_read_a_model_of_the_hub(served, olmo2, text, tmp_path, quick):
+    shutil.copytree(olmo2, HUB / "models/someone/third")
+    more = ["--steps", "3", "--micro-batch-size", "1"]
+    for process in start_ranks(quick, 2, *arguments("someone/third", text, tmp_path / "a", *more)):
+        finished(process)
+    train.main(arguments(olmo2, text, tmp_path / "b", *more))
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-4

@@ -20,7 +20,13 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
 import make_mask
 
@@ -157,11 +163,11 @@ def hft_counts(masks):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """Ten layers of an OLMo-2 (four norms each), a Llama (two) and a Qwen-2 (biases)."""
+    """Twelve layers of an OLMo-2 (four norms each), a Llama (two) and a Qwen-2 (biases)."""
     folders = {}
     for kind, (config, _, extra) in MODELS.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
-        sizes = SIZES | {"num_hidden_layers": 10}
+        sizes = SIZES | {"num_hidden_layers": 12}
         config(vocab_size=400, **sizes, **extra).save_pretrained(folders[kind])
         tiny_tokenizer().save_pretrained(folders[kind])
     return folders
@@ -174,13 +180,13 @@ def test_hft_freezes_two_of_four_two_or_one_of_three_and_half_of_the_norms(
     hft = ["--method", "hft", "--model", deep[kind]]
     masks = masks_of(tmp_path / "m", *hft)
     attention, mlp, norm = hft_counts(masks)
-    assert attention == [2] * 10 and sorted(mlp) == [1] * 5 + [2] * 5 and norm == [norms // 2] * 10
+    assert attention == [2] * 12 and sorted(mlp) == [1] * 6 + [2] * 6 and norm == [norms // 2] * 12
     assert mlp != sorted(mlp) and mlp != sorted(mlp, reverse=True)  # a random half, not the first
     assert all(mask.numel() == 1 for mask in masks.values())
     assert masks["model.norm.weight"].item() == 1
     assert not any("embed" in name or "lm_head" in name for name in masks)
     choices = set()
-    for layer in range(10):
+    for layer in range(12):
         own = [n for n in masks if f".{layer}.self_attn" in n and n.endswith("proj.weight")]
         choices.add(tuple(n[-13:] for n in own if not masks[n].any()))
     assert len(choices) > 1  # drawn again in each layer
@@ -195,7 +201,7 @@ def test_hft_freezes_two_of_four_two_or_one_of_three_and_half_of_the_norms(
 def test_hft_at_other_ratios(ratio, deep, tmp_path):
     masks = masks_of(tmp_path / "m", "--method", "hft", "--model", deep["llama"], "--ratio", ratio)
     for counts, number in zip(hft_counts(masks), (4, 3, 2), strict=True):
-        assert sum(counts) == int(ratio * number * 10) and max(counts) - min(counts) <= 1
+        assert sum(counts) == int(ratio * number * 12) and max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("ratio,channels,heads", [(0.9, 5, 1), (0.5, 25, 2)])
@@ -312,6 +318,33 @@ def test_s2ft_of_a_model_without_down_proj(tmp_path, refused):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     argv = ["--method", "s2ft-down", "--model", tmp_path / "model", "--out", tmp_path / "m"]
     assert "trains down_proj, which gpt_neox lacks" in refused(make_mask.main, *argv)
+
+
+def test_hft_of_layers_that_it_cannot_halve(olmo2, tmp_path, refused, capsys):
+    """Fused experts are no nn.Linear. Half of layers that differ is not defined."""
+    sizes = SIZES | {"num_local_experts": 2, "num_key_value_heads": 4}
+    MixtralConfig(vocab_size=400, **sizes).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    argv = ["--method", "hft", "--out", tmp_path / "m", "--model", tmp_path / "model"]
+    assert "Choose a model without fused experts" in refused(make_mask.main, *argv)
+    model = AutoModelForCausalLM.from_pretrained(olmo2)
+    del model.model.layers[1].mlp.gate_proj
+    with pytest.raises(SystemExit):
+        make_mask.hft_masks(model, 0.5, 42)
+    assert "the layers differ in mlp" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_positions_are_no_tokens_of_a_chat(tmp_path):
+    """OPT has a table of embeddings for positions too, which has other rows."""
+    sizes = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= {"word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+    OPTConfig(vocab_size=400, **sizes).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    hft = ["--method", "hft", "--model", tmp_path / "model", "--freeze-chat-tokens"]
+    masks = masks_of(tmp_path / "m", *hft)
+    assert (masks["model.decoder.embed_tokens.weight"] == 0).any()
+    assert not any("embed_positions" in name for name in masks)
 
 
 def test_chat_tokens_of_a_model_without_a_template(olmo2, tmp_path, refused):

@@ -5,9 +5,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny_model, write_jsonl
-from hub import COMMIT, HUB
+from hub import COMMIT, HUB, REQUESTS
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from test_report import evaluation
 
 import make_mask
@@ -62,6 +64,8 @@ def test_a_model_of_the_hub_and_a_preset(source, tmp_path):
         "commit abc",
     ):
         assert part in card.text
+    asked = [path for _, path, _ in REQUESTS if source.name in path and "README.md" in path]
+    assert asked and all(f"/resolve/{COMMIT}/" in path for path in asked)
     methods = {"gmt_ratio": 0.5}, {"adalora": True}
     names = [model_card.describe_method(arguments(tmp_path, **m)) for m in methods]
     assert names == ["GMT, which drops 50.0% of each gradient", "AdaLoRA"]
@@ -106,6 +110,49 @@ def test_what_is_no_metadata_is_left_out(line, tmp_path):
 def test_a_mask_that_was_deleted_during_training(tmp_path):
     name = model_card.describe_method(arguments(tmp_path, mask=tmp_path / "deleted"))
     assert name == "a mask, ratio unknown"
+
+
+@pytest.mark.parametrize(
+    "about,name",
+    [
+        (("wanda", "column"), "SSU-Wanda"),
+        (("wanda", "row"), "SSU-Wanda by rows"),
+        (("wanda", "element"), "SSU-Wanda by elements"),
+        (("random", "column"), "SSU-Rand"),
+        (("magnitude", "column"), "SSU-Mag"),
+        (("sparsegpt", "column"), "SSU-SparseGPT"),
+        (("fim", "column"), "SSU-FIM"),
+        (("delta", "element"), "LoTA by elements"),
+        (("hft", "module"), "HFT"),
+        (("s2ft-down", "column"), "S2FT (down)"),
+        (("s2ft-down-output", "column"), "S2FT (down, output)"),
+        (("s2ft-down-embeddings", "column"), "S2FT (down, embeddings)"),
+        (("mine", "column"), "mine"),
+    ],
+    ids="-".join,
+)
+def test_the_method_is_that_of_the_mask(about, name, tmp_path):
+    metadata = dict(zip(("method", "axis"), about, strict=True)) | {"ratio": "0.25"}
+    save_file({"a": torch.ones(1)}, tmp_path / "mask", metadata)
+    args = arguments(tmp_path, mask=tmp_path / "mask")
+    assert model_card.describe_method(args) == f"{name}, ratio 0.25"
+
+
+def test_the_table_of_a_card_is_that_of_the_run(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n")  # not a list
+    (tmp_path / "corpus").mkdir()
+    data = str(tmp_path / "corpus/train.jsonl")
+    args = arguments(tmp_path, model=tmp_path, data=data, optimizer="adamw8bit-nearest")
+    card = ModelCard(model_card.make(args, tmp_path, None, SUMMARY))
+    assert card.data.language == ["en"] and "adapted to another language" in card.text
+    rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if "|" in line]
+    table = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert table["text"] == "train.jsonl, a local file"
+    assert table["training"] == "12 steps of 32 sequences of 512 tokens" and table["seed"] == "42"
+    optimizer = "AdamW with moments of 8 bits, learning rate 5e-05, weight decay 0.01"
+    assert table["optimizer"] == f"{optimizer}, precision bf16"
+    args.optimizer = "adamw8bit"
+    assert "8 bits, updates rounded at random, " in model_card.make(args, tmp_path, None, SUMMARY)
 
 
 def test_the_language_is_that_of_the_folder_also_of_a_link(tmp_path):
@@ -166,6 +213,9 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
     chat = results["chat bpb"]
     assert (chat.metric_type, chat.metric_value, chat.dataset_config) == ("bpb", 1.1, "ne")
     assert results["bpb"].metric_value == 1.0
+    assert (chat.dataset_split, chat.dataset_type) == ("source heldout", "bpb")
+    assert results["bpb"].dataset_split == "target heldout"
+    assert chat.dataset_args == {"n": 3} and results["bpb"].dataset_args == {"n": 2}
     assert results["MT en→X chrF++"].dataset_args == {"n": 5}
     assert card.data.license == "apache-2.0" and card.data.language == ["en", "ne"]
 
@@ -176,6 +226,15 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
     evaluation(run, "hft@0.25", 1.2, 1.0, 19.0)
     report.main([str(run)])
     assert "1.200 (+20.0%)" in path.read_text() and "1.100" not in path.read_text()
+
+    # The model of a second run directory has its own
+    second = tmp_path / "second"
+    shutil.copytree(trained, second)
+    for method, chat in (("source", 1.0), ("hft@0.25", 1.5)):
+        evaluation(second, method, chat, 1.0, 19.0)
+    report.main([str(run), str(second), "--out", str(tmp_path / "both")])
+    assert "1.500 (+50.0%)" in (second / "hft@0.25/model/README.md").read_text()
+    assert "1.200 (+20.0%)" in path.read_text()
 
     # A card of its owner stays as it is
     whole = path.read_text()

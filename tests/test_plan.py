@@ -28,6 +28,7 @@ from transformers import (
     OPTConfig,
 )
 
+import score
 import train
 from data import blocks, calibration, rows
 from tools import chat_eval, judged, memory, plan
@@ -164,6 +165,32 @@ def test_all_bytes_are_counted_within_three_percent(case):
     assert total - memory.ALLOWANCE == pytest.approx(state + peak, rel=0.03)
 
 
+WAYS = ("fp32 masked", "fp32 compact", "bf16 masked", "bf16 compact")
+# What is the most in no model above: the gradients of tied embeddings, and a layer's own
+FEW_TOKENS, LARGE_LAYERS = (8192, 128, 4), (384, 1536, 16)  # vocabulary, width of the MLP, tokens
+PROPORTIONS = [(FEW_TOKENS, way, recompute) for way in WAYS for recompute in (False, True)]
+PROPORTIONS += [(LARGE_LAYERS, way, True) for way in WAYS if way != "bf16 masked"]
+
+
+@pytest.mark.parametrize("proportions, way, recompute", PROPORTIONS)
+def test_embeddings_and_large_layers_are_counted(proportions, way, recompute):
+    """Against PyTorch's allocator: the most bytes of a micro-batch, beside weights and moments."""
+    vocabulary, width, count = proportions
+    sizes = dict(vocab_size=vocabulary, hidden_size=128, intermediate_size=width)
+    sizes |= dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(**sizes, pad_token_id=0, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    counted = config, numbers, memory.trained_fractions(model, 0.5)
+    precision, layout = way.split()
+    tokens = torch.randint(0, 384, (2, count // 2), generator=torch.Generator().manual_seed(0))
+    _, peak = measured(config, precision, layout, recompute, tokens)
+    way = counted, precision, layout == "compact", 1, count, recompute
+    planned, total = memory.bytes_per_gpu(*way)
+    assert total - planned - memory.ALLOWANCE == pytest.approx(peak, rel=0.04)
+
+
 def test_recomputation_needs_less_and_more_tokens_need_more(olmo2_7b):
     def needed(tokens, recompute):
         return memory.bytes_per_gpu(olmo2_7b, "bf16", False, 1, tokens, recompute)[1]
@@ -230,6 +257,29 @@ def test_a_layer_is_gathered_in_the_bytes_of_the_formula(precision, olmo2, tmp_p
     assert counted == pytest.approx(expected, rel=0.02)  # norms are gathered in fp32
 
 
+def test_several_gpus_need_no_copies_and_share_the_step(olmo2_7b):
+    """They gather matrices in bf16. The step of bf16-true takes 8 bytes a weight of their part of
+    the largest matrix, that of 8-bit moments less.
+    """
+    config, sizes, half = olmo2_7b
+    linear, head = sum(sizes[name] for name in half), 100352 * 4096
+
+    def more(precision, columns, gpus, tokens, eight_bit=False):
+        way = olmo2_7b, precision, columns, gpus, tokens, False, eight_bit
+        state, total = memory.bytes_per_gpu(*way)
+        gathered = memory.gathered_bytes(config, sizes, precision, half if columns else None)
+        return total - state - memory.ALLOWANCE - (gathered if gpus > 1 else 0)
+
+    for precision in ("bf16", "bf16-true", "fp32"):
+        for columns in (False, True):
+            copies = 2 * linear if (precision, columns) == ("bf16", False) else 0
+            apart = more(precision, columns, 1, 2048) - more(precision, columns, 8, 2048)
+            assert apart == pytest.approx(copies, abs=1e3)
+    assert more("bf16-true", True, 1, 1) == pytest.approx(8 * head, abs=1e3)
+    assert more("bf16-true", True, 8, 1) < 3 * head
+    assert more("bf16-true", True, 1, 1, eight_bit=True) < 3 * head
+
+
 def test_the_table_of_eight_gpus_has_a_column_more(olmo2_7b, capsys):
     argv = ["--model", "some/7b", "--gpus", "8", "--micro-batch-size", "2"]
     plan.print_table(plan.parse_args(argv), olmo2_7b)
@@ -256,6 +306,9 @@ def test_moments_of_8_bits_need_one_gpu_and_bf16(more, olmo2, refused):
         (["--compact", "1", "--precision", "fp16"], "Set COMPACT=0"),
         (["--lr", "-1"], "--lr -1.0: must be a finite number"),
         (["--lr", "nan"], "--lr nan: must be a finite number"),
+        (["--methods", "hft", "gmt", "--ratios", "0.5", "1"], "--ratios 1: must lie between"),
+        (["--seed", "1000000000000000000"], "must lie between 0 and 10^18"),
+        (["--tasks", "mt", "bpb"], "--tasks bpb: the paper profile has no held-out text"),
         (["--model", "m" * 300], "mmm"),  # longer than a file system allows
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -298,6 +351,30 @@ def test_memory_of_an_unknown_architecture_is_not_counted(config, tmp_path, caps
     config.save_pretrained(tmp_path)
     assert plan.main(["--model", str(tmp_path)]) == 0
     assert f"memory: not counted for {config.model_type}" in capsys.readouterr().out
+
+
+def test_a_plan_is_of_the_largest_training_and_of_the_models_dtype(olmo2_7b, tmp_path, capsys):
+    """The lowest ratio trains most, and LoTA has masks of single weights beside what FFT has."""
+    olmo2_7b[0].save_pretrained(tmp_path)
+    argv = ["--model", tmp_path, "--lang", "ne", "--profile", "embedded", "--tasks", "bpb"]
+    argv += ["--data-dir", tmp_path, "--runs", tmp_path, "--calibration", "file", "--compact", "1"]
+
+    def planned(*more):
+        plan.main([*map(str, argv), *more])
+        (line,) = re.findall("memory of a process of (.*); ", capsys.readouterr().out)
+        return line
+
+    count = sum(olmo2_7b[1].values())
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):  # two checkpoints and a model
+        config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        plan.main([*map(str, argv), "--methods", "fft"])
+        disk = f"disk: {(20 + size) * count / 1e9:.1f} GB for {tmp_path}\n"
+        assert disk in capsys.readouterr().out
+    wanda = ["--methods", "ssu-wanda", "--ratios"]
+    assert planned(*wanda, "0.75", "0.25") == planned(*wanda, "0.25") != planned(*wanda, "0.75")
+    assert planned(*wanda, "0.75").startswith("ssu-wanda: ")
+    assert planned("--methods", "fft", "lota-90", "hft").startswith("lota-90: 87.6 GB")
 
 
 def test_experts_are_refused_before_other_methods_train(tmp_path, capsys):
@@ -390,9 +467,18 @@ def test_each_method_is_planned_as_it_trains(olmo2):
     assert planned("fft")[:2] == (2, memory.state_bytes(sizes, "bf16-true") / 2)
     assert planned("fft", "--precision", "fp16")[0] == 1
     assert planned("ssu-wanda", "--compact", "1")[1] < planned("fft", "--compact", "1")[1]
+    assert planned("fft", "--gradient-checkpointing")[2] < planned("fft")[2]
+    eight_bit = memory.state_bytes(sizes, "bf16-true", None, True)
+    assert planned("fft", "--optimizer", "adamw8bit", "--gpus", "1")[1] == eight_bit
     assert planned("lota")[2] == planned("fft")[2] + sum(sizes.values()) / 2
     assert planned("gmt") == planned("fft")  # 16 sequences: four times 2 on each GPU
     assert planned("gmt", "--batch-size", "64")[2] > planned("fft", "--batch-size", "64")[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for processes that share main memory")
+def test_processes_on_a_cpu_share_its_memory():
+    one, name = plan.device_memory(1)
+    assert plan.device_memory(2) == (one / 2, name) and "without a CUDA device" in name
 
 
 @pytest.mark.parametrize(
@@ -441,6 +527,15 @@ def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
     args.precision = "bf16-true"  # weights of 2 bytes, moments of 8
     assert planned()[1][2] == "32.0"
     args.precision = "bf16"
+    gmt_and_fft = args.methods
+    for methods, most in (
+        (["lota-90"], "38.0"),  # its model and the one before, scores of 4 bytes, two masks of 1
+        (["ssu-wanda-element"], "33.0"),
+        ([], "0.0"),  # evaluation alone
+    ):
+        args.methods, args.ratios = methods, [0.5]
+        assert planned()[1][2] == most
+    args.methods, args.ratios = gmt_and_fft, [0.25, 0.5]
 
     # All that comes to one disk must fit together.
     for free, fits in ((49.1, True), (48.9, False)):
@@ -448,6 +543,33 @@ def test_plan_counts_what_comes_to_the_disk(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
         problems, _ = planned()
         assert fits == (problems == []) and all("lacks 0.1 GB" in line for line in problems)
+
+
+def test_a_cache_that_nothing_comes_to_need_not_be_written(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path / "hub")
+    args = plan.parse_args(["--model", str(tmp_path), "--lang", "ne", "--runs", str(tmp_path)])
+    assert plan.check_disk(args, 1000, 2, Counter()) == []
+    (problem,) = plan.check_disk(args, 1000, 2, Counter(model=1))
+    assert f"{tmp_path}/hub cannot be written" in problem
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(paper_sets, llama, capsys):
+    put_madlad(paper_sets, "ig", [f"{i}" for i in range(300)])
+    sizes = sum(f.stat().st_size for f in (paper_sets / MADLAD / "data/ig").glob("*_clean_*"))
+    args = plan.parse_args(["--lang", "ig", "--model", str(llama), "--methods", "fft"])
+    assert plan.check_downloads(args) == (Counter(dataset=sizes), [])
+    blocks.load_documents("--data", "madlad:ig", None, "key")
+    assert plan.check_downloads(args) == (Counter(dataset=0), [])
+
+
+def test_calibration_text_is_fetched_for_the_methods_that_read_it(olmo2):
+    read = {f"ssu-{name}" for name in score.CALIBRATED} | {"ssu-wanda-row", "ssu-wanda-element"}
+    for method in plan.METHODS:
+        argv = ["--model", str(olmo2), "--lang", "ne", "--methods", method]
+        sources = plan.wanted_sources(plan.parse_args(argv))
+        assert (plan.TULU in sources) == (method in read), method
 
 
 def test_main_memory_holds_the_source_once_more(capsys):

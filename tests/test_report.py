@@ -341,6 +341,7 @@ def test_table_2_has_thirteen_columns_and_the_papers_numbers_below_ours(tmp_path
     paper = ["0.655 (-3.0%)", "28.1 (-13.8%)", "4.02 (+1.0%)", "0.746 (-6.3%)", "0.842 (-1.1%)"]
     assert table[5][1:6] == paper  # Tables 10 and 11, Nepali
     text = (tmp_path / "report.md").read_text()
+    assert "\nSource is allenai/OLMo-2-1124-7B-Instruct.\n" in text
     assert "MTB by a judge, of which at most 2.0%" in text and "MMLU ne 7" in text
     whole_table_2(tmp_path, "mine", "runs/mine/model", ours, judge="another judge")
     assert "judge of mtb is {'name': 'another judge'}" in refused(report.main, tmp_path)
@@ -461,7 +462,7 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, r
         evaluation(run, "source", 1.0, 2.0, 20.0, seed=seed)
         evaluation(run, "fft", 1.2 + seed / 10, 1.0, 20.0, seed=seed)
     (tmp_path / "more.json").write_text(
-        '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 1.0]]}'
+        '{"about": "n = 1", "columns": ["", "x"], "rows": [["a", 2.0], ["b", 3.0], ["c", "-"]]}'
     )
     more = tmp_path / "results/embedded-bpb-ne/3"  # of another evaluation, with other settings
     evaluation(more, "source", 1.0001, 2.0, 20.0, tasks=["bpb"])
@@ -473,7 +474,9 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, r
         log = tmp_path / f"results/embedded-ne/{seed}/fft/train.jsonl"
         summary = {"moved": moved, "trainable": 200}
         log.write_text('{"step": 1}\n' + json.dumps({"summary": summary}) + "\n")
+    evaluation(tmp_path / "results/embedded-ne/3", "fft", 9.0, 9.0, 9.0)  # without Source
     blocks = ["tables results/embedded-ne/*", f"folders {both}", f"moved {both}"]
+    blocks += [f"folders {both} --methods ssu-wanda"]
     blocks += [f"changes {both}", f"changes {both} results/none/* --methods fft"]
     blocks += ["statements results/embedded-ne/*", "paper OLMo-2-1124-7B-Instruct"]
     blocks += ["figures more.json", "tables results/none/*"]
@@ -489,11 +492,18 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, r
         "| FFT     | 1.350 ± 0.071 (+35.0%)",
         "n = 2; evaluated on",
         "| embedded | -36.7 ± 5.8 (n=3)    | -30.0 (n=1) ",
+        "| embedded | -30.0 (n=1)                     | -10.0 (n=1) ",
         "| FFT            | 3 | -36.7 ± 5.8     | +50.0 ± 0.0      |\n| SSU-Wanda 0.25 | 1 ",
         "| embedded                      | 20.0 ± 7.1 (n=2) | -              | -              |",
         "![changes](results/embedded-bpb-ne/changes.png)",
         "| -32.4% ",
-        "| a | 1.0000 |",
+        "| a | 2.0000          |",
+        "| b | 3.0000 (+50.0%) |\n| c | - ",
+        "| FFT | 3 | -36.7 ± 5.8     | +50.0 ± 0.0 ",
+        "| SSU-Wanda 0.25 | 1 | -30.0           | +50.0 ",
+        " MT target | ",
+        "n = 2; evaluated on None at None. `python tools/report.py results/embedded-ne/1 "
+        "results/embedded-ne/2 --out DIRECTORY`",
         "![kept](results/embedded-ne/kept.png)",
         "Not measured: there is no evaluation in results/none/*.",
     ):
@@ -506,12 +516,39 @@ def test_the_page_is_remade_in_place_and_twice_the_same(tmp_path, monkeypatch, r
     assert (tmp_path / "results/embedded-ne/kept.png").read_bytes() == picture
     evaluation(more.with_name("2"), "source", 1.01, 2.0, 20.0, tasks=["bpb"], seed=2)
     assert "embedded-bpb-ne/2: Source differs" in refused(report.main, "--page", path)
+    shutil.rmtree(more.with_name("2"))
+    path.write_text(f"<!-- report: tables {both} -->\n<!-- end -->\n")
+    assert "names several folders" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tables -->\n<!-- end -->\n")
     assert "names no table" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tables x -->\n")
     assert "needs comments" in refused(report.main, "--page", path)
     path.write_text("<!-- report: tabels results/embedded-ne/1 -->\n<!-- end -->\n")
     assert "names no table" in refused(report.main, "--page", path)
+
+
+def test_a_page_of_several_languages_names_them_and_what_made_the_table(tmp_path, monkeypatch):
+    """A row for each language, in the paper's order; answers of the first run directory."""
+    monkeypatch.setattr(report.page, "ROOT", tmp_path)
+    for lang, folder in (("ky", "embedded-ky"), ("ne", "embedded-ne")):
+        for seed in (1, 2):
+            run = tmp_path / "results" / folder / str(seed)
+            for method, chat in (("source", 1.0), ("fft", 1.5)):
+                content = evaluation(run, method, chat, 2.0, 20.0, lang=lang, seed=seed)
+                answer = {"prompt": "Why?", "answer": f"{lang} {seed}"}
+                content["results"]["chat"]["answers"] = [answer]
+                content |= {"git_commit": f"{seed}23456789", "device": "cpu"}
+                (run / method / "eval.json").write_text(json.dumps(content))
+    path = tmp_path / "page.md"
+    blocks = ["folders results/embedded-*/*", "answers results/embedded-ne/*"]
+    text = "".join(f"<!-- report: {block} -->\n<!-- end -->\n" for block in blocks)
+    path.write_text(text)
+    report.main(["--page", str(path)])
+    made = path.read_text()
+    rows = [line.split("|")[1].strip() for line in made.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["Nepali", "Kyrgyz"]
+    assert "\nThese were evaluated on cpu at 1234567, 2234567.\n" in made
+    assert "**FFT:** ne 1" in made and "ne 2" not in made
 
 
 @pytest.mark.slow
@@ -566,6 +603,17 @@ def test_methods_trained_with_other_settings_are_named(tmp_path, tables_only):
     assert text.count("was trained with") == 1
     report.main([str(tmp_path), "--methods", "fft", "gmt"])
     assert "was trained with" not in (tmp_path / "report.md").read_text()
+
+    # In a second run directory alone
+    for method in ("source", "fft", "gmt"):
+        shutil.copytree(tmp_path / method, tmp_path / "second" / method)
+    log = json.dumps({"settings": runs["gmt"] | {"seq_len": 64}})
+    (tmp_path / "second/gmt/train.jsonl").write_text(log)
+    both = [str(tmp_path), str(tmp_path / "second")]
+    report.main([*both, "--methods", "fft", "gmt"])
+    assert not (tmp_path / "second/report.md").exists()  # it goes to the first one
+    text = (tmp_path / "report.md").read_text()
+    assert "\nGMT was trained with seq_len 64 (FFT: None).\n" in text
 
 
 def test_only_its_own_files_are_overwritten(tmp_path, refused):

@@ -164,6 +164,7 @@ def test_all_visible_gpus_are_used(cards, visible, nproc, folder, tmp_path, quic
         ("40960 40960 40960", "no GPUs have the 100 GB"),  # two of them share a batch
         ("40960 24576 40960 40960 40960", "paper GPUs with 163840 MiB"),
         ("24564 " * 8, "no GPUs have the 100 GB"),
+        ("40960 " * 16, "paper GPUs with 327680 MiB"),  # no more than 8 share a batch
     ],
 )
 def test_the_paper_profile_is_for_gpus_that_hold_it(cards, expected, tmp_path):
@@ -182,6 +183,76 @@ def test_gmt_needs_processes_that_share_its_micro_batches(folder, tmp_path, quic
     done = run_all("ne", "--dry-run", python=quick, **settings)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "NPROC=4: gmt needs a divisor of its 2 sequences" in line
+
+
+@pytest.mark.parametrize(
+    "argv, launched",
+    [
+        (
+            "train.py --lr 1",
+            "torchrun --standalone --nproc_per_node=4 train.py --lr 1 --timeout 120",
+        ),
+        ("evaluate.py", "torchrun --standalone --nproc_per_node=4 evaluate.py --timeout 120"),
+        ("score.py", "torchrun --standalone --nproc_per_node=4 score.py --timeout 120"),
+        ("make_mask.py --method hft", "python make_mask.py --method hft"),
+        ("tools/chat_eval.py", "python tools/chat_eval.py"),
+        ("train.py --adalora --steps 2", "python train.py --adalora --steps 2"),
+        ("train.py --precision fp16 --seed 1", "python train.py --precision fp16 --seed 1"),
+        (  # four processes share the 8 sequences
+            "train.py --gmt-ratio 0.5",
+            "torchrun --standalone --nproc_per_node=4 train.py --gmt-ratio 0.5 "
+            "--micro-batch-size 2 --timeout 120",
+        ),
+    ],
+)
+def test_a_stage_is_started_by_as_many_processes_as_can_run_it(argv, launched, tmp_path):
+    """With commands that print how they are called."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "= {name} $*"\n')
+        (tmp_path / name).chmod(0o755)
+    script = f'. "{ROOT}/tools/driver.sh"; NPROC=4 accumulated=8; launch python {argv}'
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    run = dict(env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
+    assert f"= {launched}\n" in done.stdout
+
+
+def test_an_empty_file_is_as_good_as_none(tmp_path):
+    (tmp_path / "full").write_text("x")
+    (tmp_path / "empty").touch()
+    script = f'. "{ROOT}/tools/driver.sh"; require full; echo on; require full empty; echo no'
+    run = dict(cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", script], **run)
+    assert done.returncode == 2 and done.stdout == "on\n"
+    assert "empty is missing or empty" in done.stderr
+
+
+def test_the_embedded_profile_is_made_again_after_a_change_of_what_it_is_made_from(tmp_path):
+    """Of the script, of the text that it reads, and of the packages."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/prepare_embedded.py").write_text(
+        "from pathlib import Path\n"
+        "Path('data/embedded/model').mkdir(parents=True, exist_ok=True)\n"
+        "for name in ('provenance.json', 'model/model.safetensors'):\n"
+        "    Path('data/embedded', name).write_text('made')\n"
+    )
+    made_from = ("data/prepare_embedded.py", "data/udhr.jsonl", "requirements.txt")
+    for name in (*made_from, "data/requirements.txt"):
+        (tmp_path / name).touch()
+
+    def made():
+        script = f'. "{ROOT}/tools/driver.sh"; prepare_embedded'
+        run = dict(cwd=tmp_path, capture_output=True, text=True, check=True)
+        return "prepare_embedded.py" in subprocess.run(["bash", "-euc", script], **run).stdout
+
+    assert made() and not made()
+    for name in (*made_from, "data/requirements.txt"):
+        with open(tmp_path / name, "a") as file:
+            file.write("# changed\n")
+        assert made() and not made()
+    for name in ("provenance.json", "model/model.safetensors"):
+        (tmp_path / "data/embedded" / name).unlink()
+        assert made() and not made()
 
 
 @pytest.mark.slow
@@ -338,6 +409,8 @@ def test_what_is_made_from_an_output_is_made_again_only_if_that_changed(tmp_path
     with open(tmp_path / "copy.sh", "a") as file:
         file.write("# another script\n")
     assert made() == ["a", "b"] and made() == []
+    (tmp_path / "requirements.txt").write_text("another version")
+    assert made() == ["a", "b"] and made() == []
     script = f"model_sha256=of-another-model\n{script}"
     assert made() == ["a", "b"]
 
@@ -363,6 +436,51 @@ def test_models_of_own_text_are_not_deleted(profile, data, model, deleted, tmp_p
         done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
     assert (tmp_path / "fft/model").read_text() == ("second\n" if deleted else "first\n")
     assert ("Set RUNS, or delete it" in done.stderr) == (not deleted)
+
+
+@pytest.mark.parametrize("output", ["ne/scores", "ne/fft/eval.json"])
+@pytest.mark.parametrize("profile", ["embedded", "paper"])
+def test_what_may_have_taken_days_is_not_deleted(profile, output, tmp_path):
+    """In the paper profile, scores and evaluations too."""
+    stage = f'. "{ROOT}/tools/driver.sh"; several=() PROFILE={profile} DATA_DIR=data MODEL=model\n'
+    stage += f"stage {output} -- bash make.sh {output}"
+    run = dict(cwd=tmp_path, capture_output=True, text=True)
+    for made in ("first", "second"):
+        (tmp_path / "make.sh").write_text(f'echo {made} > "$1"\n')
+        (tmp_path / "requirements.txt").write_text(made)
+        done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", stage], **run)
+    assert (tmp_path / output).read_text() == ("second\n" if profile == "embedded" else "first\n")
+    assert ("Set RUNS, or delete it" in done.stderr) == (profile == "paper")
+
+
+def test_what_was_trained_so_far_is_resumed_kept_or_made_anew(tmp_path):
+    """By a stage that ends before its model is there, with and without a complete checkpoint."""
+    (tmp_path / "make.sh").write_text(
+        'echo "options: $*"; mkdir -p fft/checkpoint/$1; touch fft/checkpoint/$1/checkpoint.json\n'
+    )
+    saved, run = tmp_path / "fft/checkpoint", dict(cwd=tmp_path, capture_output=True, text=True)
+
+    def stage(model, version, name="step-5"):
+        """Return the options of the command, or the error."""
+        (tmp_path / "requirements.txt").write_text(version)
+        script = f'. "{ROOT}/tools/driver.sh"; several=() PROFILE=embedded DATA_DIR=data/embedded '
+        script += f"MODEL={model}; stage fft/model -- bash make.sh {name}"
+        done = subprocess.run(["bash", "-eEuo", "pipefail", "-c", script], **run)
+        assert done.returncode == 2
+        return done.stdout.partition("options: ")[2].strip() or done.stderr
+
+    assert stage("mine", "1", "step-5.tmp") == stage("mine", "1", "step-5.tmp") == "step-5.tmp"
+    shutil.rmtree(saved)  # the name is one of the options, which must not change
+    (tmp_path / "fft/model.made-by").unlink()
+    assert stage("mine", "1") == "step-5" and stage("mine", "1") == "step-5 --resume"
+    (saved / "step-4").mkdir()
+    assert "was made with other settings" in stage("mine", "2")
+    assert {path.name for path in saved.iterdir()} == {"step-4", "step-5"}
+    shutil.rmtree(tmp_path / "fft")
+    assert stage("data/embedded/model", "1") == "step-5"
+    (saved / "step-4").mkdir()
+    assert stage("data/embedded/model", "2") == "step-5"
+    assert [path.name for path in saved.iterdir()] == ["step-5"]
 
 
 def test_the_results_of_a_model_in_a_folder_have_its_name():
@@ -436,6 +554,12 @@ def test_a_link_to_a_model_has_the_digest_of_its_files(tmp_path):
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     link, model, weights = done.stdout.split("\n")[:3]
     assert link == model == weights and "e3b0c442" not in link  # of nothing
+    (tmp_path / "model/README.md").write_text("results, which report.py adds after training")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == [model, model]
+    (tmp_path / "model/config.json").write_text("{}")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[1] != model
 
 
 @pytest.mark.parametrize("name", ["source/eval.json", "fft/model/weights"])

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 
 import pyarrow
 import pytest
@@ -135,8 +136,17 @@ def test_control_tokens_in_raw_text_are_text(olmo2, tmp_path):
 def test_sums_are_in_fp32(olmo2):
     model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.bfloat16)
     owners = score.scored_parameters(model)
+    seen = {}
+    for name, module in owners.items():
+        if "proj" in name:  # its inputs are of bf16, their squares are not rounded to it
+            hook = partial(lambda name, module, args: seen.update({name: args[0]}), name)
+            module.register_forward_pre_hook(hook)
     norms = score.input_norms(model, owners, torch.arange(64).view(2, 32), 2)
     assert norms and all(norm.dtype == torch.float32 for norm in norms.values())
+    for name, x in seen.items():
+        assert x.dtype == torch.bfloat16
+        expected = x.flatten(0, 1).double().square().sum(0).sqrt()
+        assert torch.allclose(norms[name].double(), expected, rtol=1e-5), name
 
 
 def test_raw_text_ends_as_in_training(olmo2, tmp_path):
@@ -207,6 +217,26 @@ def test_magnitude_and_random(olmo2, chats, tmp_path):
     )
     assert all(torch.equal(a[n], b[n]) and not torch.equal(a[n], c[n]) for n in a)
     assert not torch.equal(a["model.layers.0.mlp.down_proj.weight"], a[name])
+
+
+def test_the_file_says_what_was_read_and_drawn(olmo2, chats, tmp_path):
+    run(olmo2, chats, tmp_path / "s", "--num-samples", 100_000, "--seed", 7)
+    about = safe_open(tmp_path / "s", "pt").metadata()
+    assert about["seed"] == "7" and about["data"] == str(chats)
+    assert 6 < int(about["num_samples"]) < 100_000  # all that the text has
+    assert int(about["num_tokens"]) == int(about["num_samples"]) * int(about["seq_len"])
+
+
+def test_methods_without_text_are_computed_in_fp32_where_there_is_a_gpu(olmo2, monkeypatch):
+    monkeypatch.setattr(score, "DEVICES", ["cpu", "cuda"])
+    for more, expected in (
+        (["--method", "magnitude"], ("cpu", "float32")),
+        (["--method", "delta", "--adapted", "m", "--device", "cuda"], ("cpu", "float32")),
+        (["--data", "tulu", "--device", "cuda"], ("cuda", "bfloat16")),
+        (["--data", "tulu", "--device", "cpu"], ("cpu", "float32")),
+    ):
+        args = score.parse_args(["--model", str(olmo2), "--out", "none", *more])
+        assert (args.device, args.dtype) == expected
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])

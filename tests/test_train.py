@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked, limit_file_size, tiny_model, write_jsonl
+from conftest import ROOT, forked, limit_file_size, tiny_model, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import make_mask
 import score
 import train
+from data import blocks
 from data.blocks import batch_indices, load_sequences
 from data.identity import digest_of
 from variants import adalora, files, gmt
@@ -224,6 +225,16 @@ def test_gmt_keeps_the_largest_gradients_of_each_matrix_in_each_micro_batch(olmo
             assert 0.25 <= moved.float().mean() + 1e-3 and moved.float().mean() < 0.5 + 1e-3
 
 
+def test_gmt_that_drops_nothing_is_full_fine_tuning(olmo2, text, tmp_path):
+    """Over several steps: nothing is left of the gradients of the step before."""
+    found = []
+    for more in ([], ["--gmt-ratio", "0"]):
+        out = tmp_path / str(len(more))
+        train.main(arguments(olmo2, text, out, "--steps", "6", *more))
+        found.append(weights(out))
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
 def test_gmt_drops_exactly_the_share():
     grad = torch.randn(7, 9)
     for ratio, left in ((0, 63), (0.5, 32), (0.9, 7)):
@@ -296,6 +307,16 @@ def test_adalora_refuses_to_save_a_frozen_weight_that_moved(olmo2, capsys):
     assert "model.norm.weight is frozen" in capsys.readouterr().err
 
 
+def test_adapters_follow_from_the_seed(olmo2):
+    found = []
+    for seed in (1, 1, 2):
+        model = AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32)
+        model = adalora.add_adapters(model, 6, seed)
+        found.append([p.detach() for name, p in model.named_parameters() if "lora_A" in name])
+    assert all(map(torch.equal, found[0], found[1]))
+    assert not any(map(torch.equal, found[0], found[2]))
+
+
 def test_adalora_penalty_equals_the_one_of_peft(olmo2):
     model = adalora.add_adapters(
         AutoModelForCausalLM.from_pretrained(olmo2, dtype=torch.float32), 100, 42
@@ -350,6 +371,21 @@ def test_adalora_depends_on_the_seed_alone_and_not_on_micro_batches(
         assert torch.allclose(weight, found[2][name], atol=1e-3), name
 
 
+@pytest.mark.parametrize("method", ["hft", "wanda-row", "wanda-element"])
+def test_the_plan_names_the_share_that_the_proof_counts(
+    method, llama, chats, text, tmp_path, capsys
+):
+    """Of masks of whole matrices, of rows (and the chat's tokens), of single weights."""
+    mask = static_mask(method, llama, chats, tmp_path / "mask")
+    train.main(arguments(llama, text, tmp_path / "out", "--mask", mask, "--steps", "1"))
+    summary, sizes = log_of(tmp_path / "out")[-1]["summary"], load_file(llama / "model.safetensors")
+    total = sum(weight.numel() for weight in sizes.values())
+    assert summary["frozen_verified"] + summary["trainable"] == total
+    share = summary["frozen_verified"] / total
+    plan = f"{llama}: {total:,} parameters, {share:.1%} of them frozen by the masks\n"
+    assert 0.05 < share < 0.95 and plan in capsys.readouterr().out
+
+
 def test_methods_that_exclude_each_other_are_refused(
     olmo2, mask, text, tmp_path, refused, monkeypatch
 ):
@@ -361,10 +397,13 @@ def test_methods_that_exclude_each_other_are_refused(
         ["--mask", mask, "--gmt-ratio", "0.5", "--adalora"],
     ):
         assert "choose one" in refused(train.main, *arguments(olmo2, text, out, *extra))
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # a C++ compiler is there
     for extra, message in (
         (["--adalora", "--save-every", "5"], "takes no --save-every"),
         (["--gmt-ratio", "1"], "below 1"),
         (["--adalora", "--precision", "fp16"], "fp16, bf16-true"),
+        (["--adalora", "--precision", "bf16-true"], "fp16, bf16-true"),
+        (["--adalora", "--compile"], "takes no --save-every, --resume, --compile"),
         (["--adalora", "--resume"], "takes no --save-every"),
         (["--gmt-ratio", "nan"], "below 1"),
     ):
@@ -530,6 +569,38 @@ def test_tokens_are_the_documents_each_ended_and_cached(olmo2, text, tmp_path):
     before = os.stat(key).st_mtime_ns
     next_tokens(olmo2, text)
     assert os.stat(key).st_mtime_ns == before
+
+
+def cache_of(tokenizer, text):
+    sequences, _ = load_sequences(tokenizer, "cache", 32, "--data", str(text))
+    return sequences.cache_files[0]["filename"], sequences[:]["input_ids"].flatten().tolist()
+
+
+def test_tokens_are_made_again_after_a_change_of_the_code(olmo2, text, tmp_path, monkeypatch):
+    """Of any of the three files that they depend on, wherever these lie."""
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    caches = [cache_of(tokenizer, text)[0]]
+    names = ("blocks.py", "models.py", "rows.py")
+    for name in names:
+        shutil.copy(ROOT / "data" / name, tmp_path)
+    monkeypatch.setattr(blocks, "__file__", str(tmp_path / "blocks.py"))
+    assert cache_of(tokenizer, text)[0] == caches[0]
+    for name in names:
+        with open(tmp_path / name, "a") as file:
+            file.write("# changed\n")
+        caches.append(cache_of(tokenizer, text)[0])
+    assert len(set(caches)) == 4
+
+
+def test_tokens_are_made_again_with_another_end_of_text(olmo2, text, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    first, tokens = cache_of(tokenizer, text)
+    tokenizer.save_pretrained(tmp_path)
+    for path in tmp_path.glob("tokenizer*.json"):  # <|im_end|>, 2, is the only end
+        path.write_text(path.read_text().replace("<|endoftext|>", "<|other|>"))
+    second, others = cache_of(AutoTokenizer.from_pretrained(tmp_path), text)
+    assert first != second and 0 in tokens and 2 not in tokens
+    assert others == [2 if token == 0 else token for token in tokens]
 
 
 def test_special_tokens_of_the_tokenizer_are_kept_and_the_end_is_not_doubled(olmo2, text):
@@ -740,7 +811,9 @@ def test_killed_between_saving_the_model_and_naming_it(olmo2, text, tmp_path, mo
     )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (tmp_path / "out/model.tmp").exists() and not (tmp_path / "out/model").exists()
-    shards = list(files.newest_checkpoint(tmp_path / "out").glob("*.safetensors"))
+    (newest,) = (tmp_path / "out/checkpoint").iterdir()  # that of step 8 is removed
+    assert newest.name == "step-16"
+    shards = list(newest.glob("*.safetensors"))
     assert len(shards) > 9 and max(path.stat().st_size for path in shards) < 120_000
     train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "out")
@@ -790,6 +863,29 @@ def test_resume_under_other_settings_is_refused(
     assert ended.value.code == 0 and not (checkpointed / "checkpoint").exists()
 
 
+def test_what_changes_no_weight_may_change_on_resume(olmo2, text, tmp_path, checkpointed):
+    base = arguments(olmo2, text, tmp_path / "whole", "--save-every", "10")
+    train.main(base)
+    more = ["--eval-tokens", "32", "--log-every", "3", "--eval-every", "4", "--save-every", "6"]
+    more += ["--timeout", "9", "--target-eval", text, "--resume"]
+    train.main(arguments(olmo2, text, checkpointed, *more))
+    whole, resumed = weights(tmp_path / "whole"), weights(checkpointed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_another_number_of_threads_is_refused_on_resume(olmo2, text, checkpointed, refused):
+    """Sums over threads have another order, and so other bits."""
+    base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        line = refused(train.main, *base)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads was {threads}, is {threads + 1}" in line
+    train.main(base)
+
+
 def test_damaged_checkpoint_is_refused(olmo2, text, checkpointed, refused):
     base = arguments(olmo2, text, checkpointed, "--save-every", "10", "--resume")
     folder = files.newest_checkpoint(checkpointed)
@@ -810,11 +906,30 @@ def test_foreign_files_in_out_are_kept(olmo2, text, tmp_path, refused):
     data.write_bytes(text.read_bytes())
     assert "did not write" in refused(train.main, *arguments(olmo2, data, tmp_path / "out"))
     assert data.read_bytes() == text.read_bytes()
+    mine = tmp_path / "third/model.tmp/mine.txt"  # without a log or a checkpoint beside it
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert "did not write" in refused(train.main, *arguments(olmo2, text, tmp_path / "third"))
+    assert [path for path in mine.parent.parent.rglob("*") if path.is_file()] == [mine]
     notes = tmp_path / "other/checkpoint/notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
     train.main(arguments(olmo2, text, tmp_path / "other", "--steps", "2", "--save-every", "1"))
     assert notes.read_text() == "mine" and not list(notes.parent.glob("step-*"))
+
+
+def test_a_link_in_the_place_of_the_checkpoint_folder_stays(olmo2, text, tmp_path):
+    """To a larger disk, for instance."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/checkpoint").symlink_to(tmp_path / "disk")
+    extra = ["--steps", "4", "--save-every", "2"]
+    pid = forked(train.main, arguments(olmo2, text, tmp_path / "out", *extra), stop_after_saving)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step-2"]
+    train.main(arguments(olmo2, text, tmp_path / "out", *extra, "--resume"))
+    assert (tmp_path / "out/model/model.safetensors").exists()
+    assert (tmp_path / "out/checkpoint").is_symlink() and not list((tmp_path / "disk").iterdir())
 
 
 def test_two_runs_into_one_directory_are_refused(olmo2, text, tmp_path, refused):
@@ -892,6 +1007,13 @@ def test_bad_chats_damaged_archives_and_hyperparameters(olmo2, text, tmp_path, r
     ):
         assert message in refused(train.main, *arguments(olmo2, text, out, *extra))
     assert not out.exists()
+
+
+def test_a_sequence_may_be_as_long_as_the_context(olmo2, text, tmp_path):
+    assert AutoModelForCausalLM.from_pretrained(olmo2).config.max_position_embeddings == 512
+    more = ["--seq-len", "512", "--steps", "2", "--batch-size", "1"]
+    train.main(arguments(olmo2, text, tmp_path / "out", *more))
+    assert log_of(tmp_path / "out")[-2]["tokens"] == 2 * 512
 
 
 def test_models_that_do_not_fit_their_config_are_refused(olmo2, text, chats, tmp_path, refused):
