@@ -417,7 +417,7 @@ def run(args):
     if args.check:
         return 0
     if args.model == EMBEDDED_MODEL and not Path(args.model).exists():
-        print("the model is made first; it takes up to 8.4 GB of memory, 0.6 GB of disk per method")
+        print("the model is made first; it takes up to 6.5 GB of memory, 0.6 GB of disk per method")
         return 0
     problems = plan(args)
     for problem in problems:
