@@ -51,6 +51,8 @@ def trained(source, mask, text, out, *extra, dtype=torch.float32):
     args = train.parse_args(arguments(source, text, out, "--mask", mask, *extra))
     args.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).train()
+    if attention := files.fastest_attention(args, model):
+        model.set_attn_implementation(attention)
     masks = files.load_masks(mask, model)
     for name, p in model.named_parameters():
         p.requires_grad_(name not in masks or bool(masks[name].any()))
