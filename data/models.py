@@ -169,6 +169,8 @@ def load_weights(name, fail, **options):
         fail(f"model {name}: adapter_config.json adds an adapter. Merge it and remove the file")
     if info["missing_keys"]:
         fail(f"model {name}: its files lack {sorted(info['missing_keys'])[:3]}. Copy it again")
+    if unused := sorted(info["unexpected_keys"]):  # of a head for speculation, or by a mistake
+        print(f"model {name}: {len(unused)} tensors of its files are not used: {unused[0]}, ...")
     return model
 
 

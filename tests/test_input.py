@@ -133,6 +133,15 @@ def test_an_adapter_beside_merged_weights_is_refused(
         assert "adapter_config.json adds an adapter" in refused(main, *argv)
 
 
+def test_tensors_that_are_not_used_are_named(olmo2, evaluation, tmp_path, capsys):  # noqa: F811
+    """config.json may have fewer layers by a mistake."""
+    model = changed(olmo2, tmp_path / "model", num_hidden_layers=1, layer_types=None)
+    evaluate.main([str(a) for a in evaluate_argv(model, evaluation, tmp_path / "eval.json")])
+    unused = [name for name in load_file(olmo2 / "model.safetensors") if ".layers.1." in name]
+    line = f"{len(unused)} tensors of its files are not used: {min(unused)}, ..."
+    assert line in capsys.readouterr().out and unused
+
+
 def test_directories_in_the_place_of_files(olmo2, text, tmp_path, refused):
     argv = [*train_argv(olmo2, text, tmp_path / "out"), "--mask", tmp_path]
     assert "is a directory" in refused(train.main, *argv)
