@@ -163,7 +163,7 @@ def items_mrc(args, tokenizer):
         rows = []
         for row in read_rows(args, side, "belebele", BELEBELE):
             text = evaluation.in_words(language, row, ANSWERS, row["flores_passage"])
-            letter = dict(zip("1234", "ABCD", strict=True)).get(str(row["correct_answer_num"]))
+            letter = "ABCD"[int(row["correct_answer_num"]) - 1]
             rows.append((f"{row['link']} {row['question_number']}", text, letter))
         drawn = random.Random(args.seed).sample(rows, min(SHOTS["mrc"] + 1, len(rows)))
         for name, text, letter in sample(rows, args, args.num_questions or len(rows)):

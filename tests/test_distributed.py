@@ -385,7 +385,7 @@ def test_what_several_ranks_cannot_do_is_refused(olmo2, text, tmp_path, quick):
 # ---- What one rank alone meets -------------------------------------------------------------------
 
 GRADIENTS = """
-import contextlib, sys
+import sys
 from pathlib import Path
 
 import torch

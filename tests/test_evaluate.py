@@ -777,6 +777,24 @@ def test_bad_data(llama, data, tmp_path, refused, file, content, message):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    "task, file, wrong",
+    [
+        ("mrc", "ne/belebele", {"correct_answer_num": 5}),
+        ("mmlu", "en/mmlu.dev", {"answer": 1}),  # as in the original MMLU
+    ],
+)
+def test_an_answer_that_is_no_letter_is_refused_in_examples_too(
+    task, file, wrong, llama, papers, tmp_path, refused
+):
+    path = shutil.copytree(papers, tmp_path / "data") / f"{file}.jsonl"
+    first, *rows = map(json.loads, path.read_text().splitlines())
+    write_jsonl(path, [first | wrong, *rows])
+    argv = ["--model", llama, "--lang", "ne", "--data-dir", tmp_path / "data", "--tasks", task]
+    line = refused(evaluate.main, *argv, "--out", tmp_path / "r/eval.json")
+    assert f"{file}.jsonl: line 1 is not" in line and f"({next(iter(wrong))} is none of " in line
+
+
 def test_an_option_without_tokens_and_a_foreign_script_are_refused(
     llama, data, monkeypatch, refused
 ):
