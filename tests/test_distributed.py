@@ -213,6 +213,7 @@ def test_that_another_rank_is_gone_is_one_line(error, message, monkeypatch, caps
         (["--timeout", "0"], "--timeout 0.0: not a number of minutes"),
         (["--timeout", "nan"], "--timeout nan: not a number of minutes"),
         (["--timeout", "1e6"], "--timeout 1000000.0: not a number of minutes"),
+        ([], "WORLD_SIZE is 2, but not by torchrun"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

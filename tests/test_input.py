@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import multiprocess
 import pytest
 from conftest import ROOT, TEMPLATE, TEXT, forked, write_jsonl
 from peft import LoraConfig, get_peft_model
@@ -27,9 +28,9 @@ import evaluate
 import make_mask
 import score
 import train
-from data import models
+from data import blocks, instruct, models
 from data.identity import digest_of
-from data.rows import parse
+from data.rows import parse, read_rows
 from variants import files
 
 
@@ -361,6 +362,53 @@ def test_chats_of_parts_are_refused_as_held_out_text(olmo2, text, tmp_path, refu
     held_out = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
     argv = [*train_argv(olmo2, text, tmp_path / "out"), "--source-eval", held_out]
     assert "row 1 has no usable" in refused(train.main, *argv)
+
+
+def test_chats_without_a_template_that_takes_them_are_refused(
+    olmo2, chats, text, tmp_path, refused
+):
+    """None, and several of which none is the default: a ValueError, which is not one of JSON."""
+    model = shutil.copytree(olmo2, tmp_path / "none")
+    (model / "chat_template.jinja").unlink()
+    argv = ["--model", model, "--data", chats, "--num-samples", 2, "--seq-len", 32]
+    message = "no chat template for `messages`"
+    assert message in refused(score.main, *argv, "--out", tmp_path / "scores")
+    tokenizer = AutoTokenizer.from_pretrained(olmo2)
+    tokenizer.chat_template = {"a": TEMPLATE, "b": TEMPLATE}
+    tokenizer.save_pretrained(model)
+    argv = [*train_argv(model, text, tmp_path / "out"), "--source-eval", chats]
+    line = refused(train.main, *argv)
+    assert "row 1 has no usable" in line and "multiple chat templates" in line
+
+
+def test_ctrl_c_and_a_killed_process_while_tokenizing(capsys):
+    """As `datasets` raises them: it waits for its processes before it lets Ctrl-C through."""
+    with pytest.raises(KeyboardInterrupt), blocks.ended_processes():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise multiprocess.TimeoutError
+    for error, what in (
+        (multiprocess.TimeoutError(), "one of its processes was killed"),
+        (RuntimeError("One of the subprocesses has died"), "One of the subprocesses has died"),
+    ):
+        with pytest.raises(SystemExit), blocks.ended_processes():
+            raise error
+        assert f"tokenizing failed: {what}. Check the memory" in capsys.readouterr().err
+
+
+def test_lines_of_a_compressed_text(tmp_path):
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("[a]\n\n{b\n")
+    assert list(read_rows(str(tmp_path / "a.txt.gz"))) == [{"text": "[a]"}, {"text": "{b"}]
+
+
+def test_what_is_no_file_is_no_part_of_a_model(olmo2, tmp_path):
+    model = shutil.copytree(olmo2, tmp_path / "model")
+    found = instruct.find_model(model)
+    (model / "dangling.json").symlink_to(tmp_path / "nowhere")
+    (model / "folder.json").mkdir()
+    assert instruct.find_model(model) == found
 
 
 NUMBERS = {

@@ -244,3 +244,6 @@ def test_report_adds_the_results(trained, tmp_path, monkeypatch, capsys):
         report.main([str(run)])
         assert path.read_text() == mine
         assert "is not of train.py" in capsys.readouterr().out
+    path.write_bytes(b"\xff" + whole.encode())  # no UTF-8
+    report.main([str(run)])
+    assert path.read_bytes()[:1] == b"\xff" and "is not of train.py" in capsys.readouterr().out
