@@ -98,6 +98,8 @@ def test_a_tensor_in_two_files_is_refused(llama, tmp_path, capsys):
     with pytest.raises(SystemExit):
         distributed.check_files("m", tmp_path / "m")
     assert "both hold model.norm.weight. Remove one" in capsys.readouterr().err
+    pid = forked(lambda argv: compare_with_files(*argv), [tmp_path / "m"])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 
 
 def test_a_rank_without_torchrun_is_the_only_one(monkeypatch):
