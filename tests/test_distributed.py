@@ -94,7 +94,8 @@ def test_a_tensor_in_two_files_is_refused(llama, tmp_path, capsys):
     """transformers reads one of the files, torch.distributed.checkpoint all."""
     shutil.copytree(llama, tmp_path / "m")
     distributed.check_files("m", tmp_path / "m")
-    save_file({"model.norm.weight": torch.zeros(2)}, tmp_path / "m/model.fp16.safetensors")
+    norm = load_file(llama / "model.safetensors")["model.norm.weight"]
+    save_file({"model.norm.weight": 2 * norm}, tmp_path / "m/model.fp16.safetensors")
     with pytest.raises(SystemExit):
         distributed.check_files("m", tmp_path / "m")
     assert "both hold model.norm.weight. Remove one" in capsys.readouterr().err
